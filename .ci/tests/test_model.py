@@ -1,0 +1,136 @@
+"""Causality, normalisation, and the agreement of full, cached and suffix evaluation."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def model(nb):
+    torch.manual_seed(1)
+    return nb.PixelCNN(nb.Config()).eval().requires_grad_(False)
+
+
+def random_images(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 28, 28), generator=generator, dtype=torch.uint8)
+
+
+def test_no_output_depends_on_its_own_pixel_or_a_later_one(nb, model):
+    assert nb.leaked_difference(model, 10) == 0
+
+
+def test_the_causality_test_rejects_mask_b_in_the_first_layer(nb):
+    leaky = nb.PixelCNN(replace(nb.Config(), first_mask="B"))
+    assert nb.leaked_difference(leaky, 3) > 0
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (0, 27), (14, 14), (27, 0), (27, 27)])
+def test_the_receptive_field_is_the_whole_past(nb, model, pixel):
+    field = nb.receptive_field(model, pixel).flatten()
+    index = pixel[0] * 28 + pixel[1]
+    assert (field[:index] > 0).all(), "blind spot"
+    assert (field[index:] == 0).all(), "leak"
+
+
+def test_the_mask_is_applied_in_forward_and_never_edits_the_weight(nb):
+    layer = nb.MaskedConv2d("A", 3, 5, rows=3, reach=2)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(2, 6, 6, 3)).sum().backward()
+    assert torch.equal(layer.weight, before)
+    hidden = layer.mask.expand(5, 3, -1, -1).flatten(1) == 0
+    assert (layer.weight.grad[hidden] == 0).all() and (layer.weight[hidden] != 0).any()
+
+
+def test_probabilities_of_all_images_sum_to_one(table):
+    assert abs(table[1].exp().sum().item() - 1) < 1e-10
+
+
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_cached_logits_equal_full_logits_in_float32(nb, model, n):
+    assert nb.cached_difference(model, random_images(n)) < 1e-4
+
+
+def test_cached_logits_equal_full_logits_in_float64(nb, model):
+    assert nb.cached_difference(copy.deepcopy(model).double(), random_images(3)) < 1e-10
+
+
+@pytest.mark.parametrize("row", [0, 1, 5, 14, 27])
+def test_suffix_evaluation_equals_a_full_pass(nb, model, row):
+    double = copy.deepcopy(model).double()
+    images, cache = random_images(3), double.new_cache(3)
+    double(images, cache)
+    images[:, row, 3] = 255 - images[:, row, 3]
+    suffix = double(images, cache, row)
+    assert (suffix - double(images)[:, :, row:]).abs().max() < 1e-10
+    # The cache must have been brought up to date too: a later suffix reads it.
+    assert (double(images, cache, 20) - double(images)[:, :, 20:]).abs().max() < 1e-10
+
+
+def test_sample_equals_the_naive_loop(nb, tiny):
+    assert torch.equal(nb.sample(tiny, 50, seed=3), nb.sample_naive(tiny, 50, seed=3))
+
+
+def test_sample_keeps_known_pixels_and_matches_a_naive_loop_with_them(nb, tiny):
+    known = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    image = torch.tensor([[2, 0, 1], [0, 1, 2], [0, 0, 1]], dtype=torch.uint8)
+    drawn = nb.sample(tiny, 200, image=image, known=known, seed=5)
+    assert (drawn[:, known] == image[known]).all()
+    # One sweep of the forward conditional is that same draw, whatever the start: the common mistake.
+    assert torch.equal(drawn, nb.forward_gibbs(tiny, 2 - image * known.byte(), known, 200, 1, 5)) is False
+    start = torch.where(known, image, 1).to(torch.uint8)
+    assert torch.equal(drawn, nb.forward_gibbs(tiny, start, known, 200, 1, 5))
+
+
+def test_an_image_comes_out_the_same_in_any_batch(nb, tiny):
+    many = nb.sample(tiny, 30, seed=9)
+    assert torch.equal(many[:7], nb.sample(tiny, 7, seed=9))
+    assert torch.equal(many, nb.sample(tiny, 30, seed=9, batch_size=4))
+
+
+def test_sample_stops_where_it_is_told(nb, tiny):
+    full, part = nb.sample(tiny, 40, seed=2), nb.sample(tiny, 40, seed=2, stop=(1, 1))
+    assert torch.equal(full.flatten(1)[:, :4], part.flatten(1)[:, :4])
+    assert (part.flatten(1)[:, 4:] == 0).all()
+
+
+def test_sample_follows_the_model(nb, tiny, table):
+    """Chi-square over all images with expectation > 5; detects a wrong distribution of about 2 % in TV."""
+    images, log_probs = table
+    n = 20_000
+    drawn = nb.sample(tiny, n, seed=11, batch_size=5000)
+    codes = (drawn.flatten(1).long() * 3 ** torch.arange(9)).sum(1)
+    counts, expected = torch.bincount(codes, minlength=len(images)), n * log_probs.exp()
+    often = expected > 5
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    freedom = int(often.sum())
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    flat = nb.sample(tiny, n, seed=11, batch_size=5000, temperature=1.5)  # negative control
+    codes = (flat.flatten(1).long() * 3 ** torch.arange(9)).sum(1)
+    wrong = torch.bincount(codes, minlength=len(images))
+    assert ((wrong - expected)[often] ** 2 / expected[often]).sum() > freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("images, word", [
+    (torch.zeros(1, 28, 28), "float32"), (torch.zeros(28, 28, dtype=torch.uint8), "shape"),
+    (torch.zeros(1, 27, 28, dtype=torch.uint8), "shape"), (torch.full((1, 28, 28), 300), "300"),
+    (torch.full((1, 28, 28), -1), "-1"), (torch.zeros(1, 28, 28, dtype=torch.bool), "bool")])
+def test_bad_images_are_refused_by_name(nb, model, images, word):
+    with pytest.raises(ValueError, match=rf"images: .*{word}"):
+        nb.log_prob(model, images)
+
+
+def test_bad_arguments_of_sample_are_refused_by_name(nb, model):
+    image, known = random_images(1)[0], torch.ones(28, 28, dtype=torch.bool)
+    with pytest.raises(ValueError, match="image and known"):
+        nb.sample(model, 1, image=image)
+    with pytest.raises(ValueError, match="known: .*uint8"):
+        nb.sample(model, 1, image=image, known=known.byte())
+    with pytest.raises(ValueError, match="temperature"):
+        nb.sample(model, 1, temperature=0)
+    with pytest.raises(ValueError, match="stop"):
+        nb.sample(model, 1, stop=(28, 0))
+    with pytest.raises(ValueError, match="mask B"):
+        nb.sample(nb.PixelCNN(replace(nb.Config(), first_mask="B")), 1)

@@ -1,0 +1,80 @@
+"""The whole notebook, executed in FAST mode; and what is committed beside it."""
+
+import json
+import re
+import shutil
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+
+@pytest.fixture(scope="module")
+def executed(root, mnist, tmp_path_factory):
+    """(executed notebook, its working folder): FAST, no checkpoint, so that it trains."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copytree(root / "data", folder / "data")
+    notebook = nbformat.read(root / "PixelCNN.ipynb", as_version=4)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert parameters.source.startswith("FAST = False")
+    parameters.source = parameters.source.replace("FAST = False", "FAST = True", 1)
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": folder}}).execute()
+    return notebook, folder
+
+
+def printed(notebook):
+    return "".join(o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def test_it_runs_top_to_bottom_and_says_what_it_should(executed):
+    notebook, _ = executed
+    text = printed(notebook)
+    for phrase in ("test NLL:", "(mask A in the first layer)", "largest |z| of the tempered sampler", "whole notebook:"):
+        assert phrase in text
+    assert "FAILED" not in text
+
+
+def test_every_picture_of_the_readme_is_written(executed, root):
+    _, folder = executed
+    wanted = re.findall(r"\(figures/([\w.]+)\)", (root / "README.md").read_text())
+    assert wanted and all((folder / "figures" / name).stat().st_size > 1000 for name in wanted)
+
+
+def test_results_are_complete_and_well_formed(executed, root):
+    _, folder = executed
+    fast = json.loads((folder / "figures" / "results.json").read_text())
+    saved = json.loads((root / "figures" / "results.json").read_text())
+    assert set(fast) == set(saved)
+    for entry in fast.values():
+        assert set(entry) == {"value", "stderr", "unit", "n", "how", "device"}
+    assert fast["tiny_total_variation_tempered"]["value"] < 0.1 < fast["tiny_total_variation_forward_gibbs"]["value"]
+
+
+def test_checkpoints_are_written_and_loaded_again(executed, nb):
+    _, folder = executed
+    assert nb.load_checkpoint(folder / "checkpoints" / "small.pt", "cpu").config.images_seen == 512
+
+
+def test_figures_have_alt_text(executed):
+    notebook, _ = executed
+    pictures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
+                and o.output_type == "display_data" and "alt" in str(o.metadata)]
+    assert len(pictures) >= 20
+
+
+def test_every_number_in_the_readme_is_in_the_results(root):
+    """A figure in the README is written as `value<!-- name -->`, with as many digits as it likes."""
+    results = json.loads((root / "figures" / "results.json").read_text())
+    marked = re.findall(r"([\d,.]+)<!-- (\w+?)(_stderr)? -->", (root / "README.md").read_text())
+    assert len(marked) >= 5
+    for shown, name, stderr in marked:
+        value = results[name]["stderr" if stderr else "value"]
+        digits = len(shown.split(".")[1]) if "." in shown else 0
+        assert f"{value:,.{digits}f}" == shown, f"{name}: README says {shown}, results.json {value}"
+
+
+def test_the_released_model_beats_its_bar(root):
+    results = json.loads((root / "figures" / "results.json").read_text())
+    assert results["test_bits_per_dim"]["value"] < 0.76
+    assert results["test_bits_per_dim"]["n"] == 10_000
+    assert results["parameters"]["value"] <= 852_160

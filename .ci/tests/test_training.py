@@ -1,0 +1,157 @@
+"""Training resumes exactly; checkpoints are refused when anything is wrong with them."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def config(nb):
+    return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2),
+                     attention_blocks=(1,), heads=2, head_width=4, images_seen=640, batch_size=16,
+                     validate_every=10)
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    # Columns repeat, so that there is something to learn.
+    return torch.randint(0, 3, (100, 5, 1), generator=generator, dtype=torch.uint8).repeat(1, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def trained(nb, config, images, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu")
+    return path
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_training_learns(nb, trained):
+    history = nb.load_checkpoint(trained, "cpu").history
+    assert history[-1]["validation_bits"] < 0.8 * history[0]["validation_bits"]
+    assert history[-1]["images"] == 640
+
+
+@pytest.mark.parametrize("stop", [1, 10, 37])
+def test_an_interrupted_run_ends_with_the_same_weights(nb, config, images, trained, tmp_path, stop):
+    path = tmp_path / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=stop)
+    assert not path.exists()
+    resumed, _ = nb.train(config, images, images[:20], path=path, device="cpu")
+    assert same(resumed, nb.load_checkpoint(trained, "cpu"))
+    fresh, _ = nb.train(replace(config, seed=1), images, images[:20], path=tmp_path / "other.pt", device="cpu")
+    assert not same(resumed, fresh)  # negative control: the comparison can fail
+
+
+def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
+    path = tmp_path / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=2)
+    with pytest.raises(ValueError, match="another config"):
+        nb.train(replace(config, channels=12), images, images[:20], path=path, device="cpu")
+
+
+def test_training_goes_on_from_weights_alone(nb, config, images, trained, tmp_path):
+    start = nb.load_checkpoint(trained, "cpu")
+    more, _ = nb.train(replace(config, images_seen=160), images, images[:20], path=tmp_path / "more.pt",
+                       device="cpu", initial=start.state_dict())
+    bits = [nb.bits_per_dim(m, images).mean() for m in (start, more)]
+    assert bits[1] < 1.05 * bits[0]
+
+
+def test_load_or_train_loads_what_matches_and_trains_what_does_not(nb, config, images, trained, tmp_path, capsys):
+    loaded, history = nb.load_or_train(config, images, images[:20], path=trained, device="cpu")
+    assert same(loaded, nb.load_checkpoint(trained, "cpu")) and history[-1]["images"] == 640
+    path = tmp_path / "model.pt"
+    path.write_bytes(trained.read_bytes())
+    (tmp_path / "SHA256SUMS").write_bytes(trained.with_name("SHA256SUMS").read_bytes())
+    other = replace(config, images_seen=160)
+    model, history = nb.load_or_train(other, images, images[:20], path=path, device="cpu")
+    assert history[-1]["images"] == 160 and model.config == other
+    assert "another config" in capsys.readouterr().out
+
+
+def test_the_average_is_what_is_returned_and_the_loss_must_be_finite(nb, config, images, tmp_path):
+    with pytest.raises(FloatingPointError, match="step"):
+        nb.train(replace(config, matrix_learning_rate=float("nan")), images, images[:20], path=tmp_path / "m.pt",
+                 device="cpu")
+    assert not (tmp_path / "m.pt").exists()
+
+
+def broken(path, tmp_path, change):
+    copy = tmp_path / "model.pt"
+    copy.write_bytes(change(bytearray(path.read_bytes())))
+    (tmp_path / "SHA256SUMS").write_bytes(path.with_name("SHA256SUMS").read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-100], lambda b: b[:1000] + bytes([b[1000] ^ 1]) + b[1001:],
+                                    lambda b: b""])
+def test_damaged_checkpoints_are_refused(nb, trained, tmp_path, change):
+    with pytest.raises(ValueError, match="model.pt: SHA-256"):
+        nb.load_checkpoint(broken(trained, tmp_path, change), "cpu")
+
+
+def rewritten(nb, trained, tmp_path, edit):
+    saved = torch.load(trained, weights_only=True)
+    edit(saved)
+    path = tmp_path / "model.pt"
+    torch.save(saved, path)
+    (tmp_path / "SHA256SUMS").write_text(f"{nb.sha256_of(path)}  model.pt\n")
+    return path
+
+
+@pytest.mark.parametrize("edit, word", [
+    (lambda s: s["weights"].pop("head.bias"), "head.bias"), (lambda s: s.pop("weights"), "weights"),
+    (lambda s: s["weights"]["head.bias"].fill_(float("nan")), "finite"),
+    (lambda s: s["config"].update(channels=12), "size mismatch"), (lambda s: s["config"].update(colour=1), "colour")])
+def test_wrong_checkpoints_are_refused_by_name(nb, trained, tmp_path, edit, word):
+    with pytest.raises(ValueError, match=f"(?s)model.pt: .*{word}"):
+        nb.load_checkpoint(rewritten(nb, trained, tmp_path, edit), "cpu")
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(nb, tmp_path):
+    path, mark = tmp_path / "model.pt", tmp_path / "mark"
+    torch.save(dict(config={}, weights={}, history=Payload(mark)), path)
+    (tmp_path / "SHA256SUMS").write_text(f"{nb.sha256_of(path)}  model.pt\n")
+    with pytest.raises(ValueError, match="model.pt"):
+        nb.load_checkpoint(path, "cpu")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))  # negative control: the payload does leave a mark
+    assert mark.exists()
+
+
+def test_a_failed_write_keeps_the_old_file(nb, tmp_path, monkeypatch):
+    path = tmp_path / "file.pt"
+    nb.save_atomically({"a": 1}, path)
+
+    def full_disk(contents, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nb.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        nb.save_atomically({"a": 2}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
+    sums = nb.read_sums(root / "checkpoints" / "SHA256SUMS")
+    assert set(sums) == {p.name for p in (root / "checkpoints").glob("*.pt")}
+    for name in sums:
+        model = nb.load_checkpoint(root / "checkpoints" / name, "cpu")
+        assert nb.leaked_difference(model, 3) == 0 or model.config.first_mask == "B"
