@@ -52,7 +52,7 @@ def test_results_are_complete_and_well_formed(executed, root):
 
 def test_checkpoints_are_written_and_loaded_again(executed, nb):
     _, folder = executed
-    assert nb.load_checkpoint(folder / "checkpoints" / "small.pt", "cpu").config.images_seen == 512
+    assert nb.load_checkpoint(folder / "checkpoints" / "fast_small.pt", "cpu").config.images_seen == 512
 
 
 def test_figures_have_alt_text(executed):

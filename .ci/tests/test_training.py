@@ -74,6 +74,14 @@ def test_load_or_train_loads_what_matches_and_trains_what_does_not(nb, config, i
     model, history = nb.load_or_train(other, images, images[:20], path=path, device="cpu")
     assert history[-1]["images"] == 160 and model.config == other
     assert "another config" in capsys.readouterr().out
+    previous = nb.load_checkpoint(tmp_path / "model.previous.pt", "cpu")  # what was there is kept
+    assert same(previous, nb.load_checkpoint(trained, "cpu"))
+
+
+def test_devices(nb):
+    assert nb.pick_device("cpu").type == "cpu" and nb.pick_device().type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="mps.*float64"):
+        nb.pick_device("mps")
 
 
 def test_the_average_is_what_is_returned_and_the_loss_must_be_finite(nb, config, images, tmp_path):
