@@ -153,7 +153,7 @@ def test_sweeps_move_from_one_image_to_the_whole_posterior(nb, tiny, table, evid
 
 def test_the_forward_gibbs_is_rejected_and_the_tempered_sampler_is_not(nb, tiny, table, evidence):
     """z between replicates: mean square about 1.1 if right; detects a bias of 2 standard errors throughout."""
-    budget = nb.Budget(replicates=20, particles=300, sweeps=2, ess_fraction=0.95)
+    budget = nb.Budget(replicates=20, initial=300, particles=300, sweeps=2, ess_fraction=0.95)
     result = nb.compare_with_table(tiny, evidence[1], known_mask(0, 1, 2), *table, budget, seed=1)
     common = result["table"] > 0.01
     assert result["z"][common].square().mean() < 5
@@ -165,7 +165,7 @@ def test_the_forward_gibbs_is_rejected_and_the_tempered_sampler_is_not(nb, tiny,
 def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
     known = torch.arange(9).view(3, 3) > 4
     exact = exact_pixel(nb, table, evidence[1], known, 4)
-    budget = nb.Budget(replicates=10, particles=40, exact_per_replicate=40)
+    budget = nb.Budget(replicates=10, initial=80, particles=40, exact_per_replicate=40)
     estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), budget, seed=2)
     assert estimate.status == "estimated"
     assert ((estimate.probs - exact).abs() < 7 * estimate.stderr + 1e-6).all()  # t with 9 degrees
@@ -179,7 +179,7 @@ def test_draws_and_evidence_of_complete_agree_with_the_table(nb, tiny, table, ev
     support, posterior, exact = nb.exact_posterior(*table, evidence[1], known)
     expected = torch.zeros(27, dtype=torch.float64)
     expected[nb.completion_codes(support, known, 3)] = posterior
-    completion = nb.complete(tiny, evidence[1], known, 3000, nb.Budget(20, 300, 2, 0.95), seed=3)
+    completion = nb.complete(tiny, evidence[1], known, 3000, nb.Budget(20, 300, 300, 2, 0.95), seed=3)
     assert completion.status == "converged" and len(completion.diagnostics["path"]) >= 2
     assert abs(completion.log_evidence - exact) < 6 * completion.log_evidence_stderr
 
@@ -189,7 +189,7 @@ def test_draws_and_evidence_of_complete_agree_with_the_table(nb, tiny, table, ev
 
     assert distance(completion.draws) < 0.05
     assert distance(completion.draws[:1]) > 0.05
-    few = [nb.complete(tiny, evidence[1], known, 2, nb.Budget(4, 30), seed=s).draws for s in range(40)]
+    few = [nb.complete(tiny, evidence[1], known, 2, nb.Budget(4, 60, 30), seed=s).draws for s in range(40)]
     assert distance(torch.cat(few)) < 0.25
 
 
@@ -208,9 +208,9 @@ def test_rhat_and_next_beta(nb):
     assert abs(nb.rhat(chains) - 1) < 0.02
     assert nb.rhat(chains + torch.arange(8)[:, None]) > 1.5
     evidence = 20 * chains
-    beta = nb.next_beta(evidence, 0.0, 0.6)
+    beta = nb.next_beta(evidence, 0.0, 120)
     assert 0 < beta < 1 and abs(nb.ess(beta * evidence).mean().item() / 200 - 0.6) < 1e-6
-    assert nb.next_beta(torch.zeros(2, 5).double(), 0.25, 0.6) == 1.0
+    assert nb.next_beta(torch.zeros(2, 5).double(), 0.25, 3) == 1.0
 
 
 def test_one_hidden_pixel_of_a_larger_model(nb):
@@ -221,7 +221,7 @@ def test_one_hidden_pixel_of_a_larger_model(nb):
         model.head.weight.mul_(8)
     model.eval().requires_grad_(False)
     image = nb.sample(model, 1, seed=2)[0]
-    budget = nb.Budget(replicates=8, particles=100, sweeps=2)
+    budget = nb.Budget(replicates=8, initial=100, particles=100, sweeps=2)
     exact, completion, distance, floor = nb.one_pixel_check(model, image, (5, 6), budget)
     assert completion.status == "converged"
     assert abs(completion.log_evidence - exact) < 7 * completion.log_evidence_stderr + 1e-3
@@ -244,17 +244,17 @@ def test_special_masks_are_exact(nb, tiny, table, evidence):
 def test_completion_keeps_the_known_pixels_and_ignores_the_others(nb, tiny, evidence):
     known = known_mask(1, 4)
     other = torch.where(known, evidence[0], 2 - evidence[0])
-    first, second = (nb.complete(tiny, x, known, 6, nb.Budget(2, 8), seed=1) for x in (evidence[0], other))
+    first, second = (nb.complete(tiny, x, known, 6, nb.Budget(2, 16, 8), seed=1) for x in (evidence[0], other))
     assert (first.draws[:, known] == evidence[0][known]).all()
     assert torch.equal(first.draws, second.draws) and first.log_evidence == second.log_evidence
 
 
 def test_replicates_that_disagree_are_not_converged_and_have_no_error_bar(nb, tiny, evidence, monkeypatch):
     monkeypatch.setattr(nb, "MAX_LOG_EVIDENCE_SD", 0.0)
-    completion = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(4, 10))
+    completion = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(4, 20, 10))
     assert completion.status == "not converged" and completion.log_evidence_stderr is None
     assert any("log Z" in reason for reason in completion.diagnostics["reasons"])
-    estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), nb.Budget(4, 10))
+    estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), nb.Budget(4, 20, 10))
     assert estimate.status == "not converged" and estimate.stderr is None
 
 
@@ -275,3 +275,9 @@ def test_ess_and_resampling(nb):
     more = nb.systematic_resample(weights.log(), torch.Generator().manual_seed(0), 8)
     assert torch.bincount(more[0], minlength=4).tolist() == [4, 2, 2, 0]
     assert math.isnan(nb.rhat(torch.ones(3, 5)))
+
+
+def test_an_impossible_budget_is_refused(nb):
+    for wrong in (dict(initial=3, particles=4), dict(particles=0), dict(ess_fraction=1.5)):
+        with pytest.raises(ValueError, match="budget: expected"):
+            nb.Budget(**wrong)
