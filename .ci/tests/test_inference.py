@@ -94,13 +94,14 @@ def bound(freedom):
 def test_every_kernel_leaves_its_target_invariant(nb, tiny, table, evidence, unknown, beta):
     """Detects a change of 3 to 4 % in total variation by one application of the kernel.
 
-    The last two kernels redraw a run with known pixels inside, and one that starts at a known pixel.
+    The third and fourth redraw a run with known pixels inside, and one that starts at a known pixel.
     """
     known, image = known_mask(*unknown), evidence[1]
     last = unknown[-1] + 1
     for kernel in (lambda p, g: nb.sweep(p, known, beta, 1, g), lambda p, g: nb.sweep(p, known, beta, 3, g),
                    lambda p, g: nb.regenerate(p, known, unknown[0], last, beta, g),
-                   lambda p, g: nb.regenerate(p, known, unknown[1] - 1, last, beta, g)):
+                   lambda p, g: nb.regenerate(p, known, unknown[1] - 1, last, beta, g),
+                   lambda p, g: nb.redraw_tails(p, known, beta, 3, g)):
         statistic, freedom = chi_square_after(nb, tiny, table, image, known, kernel, beta)
         assert statistic < bound(freedom)
 
