@@ -48,5 +48,11 @@ def table(nb, tiny):
 
 
 @pytest.fixture(scope="session")
+def evidence(nb, tiny):
+    """Six draws of the tiny model, uint8 [6, 3, 3]."""
+    return nb.sample(tiny, 6, seed=5)
+
+
+@pytest.fixture(scope="session")
 def mnist(nb):
     return nb.load_mnist(ROOT / "data")

@@ -6,6 +6,8 @@ program less than once in a thousand times.
 
 import math
 
+import arviz
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +16,6 @@ def known_mask(*unknown):
     known = torch.ones(3, 3, dtype=torch.bool)
     known.view(-1)[list(unknown)] = False
     return known
-
-
-@pytest.fixture(scope="module")
-def evidence(nb, tiny):
-    return nb.sample(tiny, 6, seed=5)
 
 
 def exact_pixel(nb, table, image, known, pixel):
@@ -155,7 +152,7 @@ def test_sweeps_move_from_one_image_to_the_whole_posterior(nb, tiny, table, evid
 def test_the_forward_gibbs_is_rejected_and_the_tempered_sampler_is_not(nb, tiny, table, evidence):
     """z between replicates: mean square about 1.1 if right; detects a bias of 2 standard errors throughout."""
     budget = nb.Budget(replicates=20, initial=300, particles=300, sweeps=2, ess_fraction=0.95)
-    result = nb.compare_with_table(tiny, evidence[1], known_mask(0, 1, 2), *table, budget, seed=1)
+    result = nb.compare_with_table(tiny, evidence[1], known_mask(0, 1, 2), *table, budget, rounds=2, seed=1)
     common = result["table"] > 0.01
     assert result["z"][common].square().mean() < 5
     assert abs(result["evidence_ratio"] - 1) < 5 * result["evidence_stderr"]
@@ -282,3 +279,37 @@ def test_an_impossible_budget_is_refused(nb):
     for wrong in (dict(initial=3, particles=4), dict(particles=0), dict(ess_fraction=1.5)):
         with pytest.raises(ValueError, match="budget: expected"):
             nb.Budget(**wrong)
+
+
+def chains_of(kind, rng, chains, draws):
+    x = rng.normal(size=(chains, draws))
+    if kind == "autocorrelated":
+        for t in range(1, draws):
+            x[:, t] += 0.9 * x[:, t - 1]
+    return {"drifting": x.cumsum(1), "rounded": x.round(), "heavy": rng.standard_cauchy(x.shape)}.get(kind, x)
+
+
+@pytest.mark.parametrize("kind", ["independent", "autocorrelated", "drifting", "rounded", "heavy"])
+def test_rhat_agrees_with_arviz(nb, kind):
+    """Within 1e-9, on 20 random shapes. ArviZ splits chains in halves first; here they are split before."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        values = chains_of(kind, rng, rng.integers(2, 9), rng.integers(8, 200))
+        half = values.shape[1] // 2
+        halves = np.concatenate([values[:, :half], values[:, -half:]])
+        assert nb.rhat(torch.from_numpy(halves)) == pytest.approx(float(arviz.rhat(values)), rel=1e-9)
+
+
+def test_constant_values_are_undetermined_and_stuck_replicates_are_not_converged(nb):
+    assert math.isnan(nb.rhat(torch.ones(4, 20)))
+    assert nb.rhat(torch.arange(4.0)[:, None].repeat(1, 20)) == math.inf
+
+
+def test_the_floor_of_total_variation_is_exact(nb):
+    """Against a simulation; the normal approximation would be 2 to 14 times too large here."""
+    rng = np.random.default_rng(0)
+    for probs in ([0.958, 0.04] + [1e-5] * 200, [0.25] * 4, [1 - 2e-4] + [1e-6] * 200):
+        drawn = rng.multinomial(256, probs, size=20_000) / 256
+        distances = 0.5 * np.abs(drawn - probs).sum(axis=1)
+        error = distances.std() / 20_000 ** 0.5
+        assert abs(nb.total_variation_floor(torch.tensor(probs).double(), 256) - distances.mean()) < 5 * error

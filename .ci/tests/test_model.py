@@ -19,12 +19,12 @@ def random_images(n, seed=0):
 
 
 def test_no_output_depends_on_its_own_pixel_or_a_later_one(nb, model):
-    assert nb.leaked_difference(model, 10) == 0
+    assert nb.leaked_difference(model, random_images(10)) == 0
 
 
 def test_the_causality_test_rejects_mask_b_in_the_first_layer(nb):
     leaky = nb.PixelCNN(replace(nb.Config(), first_mask="B"))
-    assert nb.leaked_difference(leaky, 3) > 0
+    assert nb.leaked_difference(leaky, random_images(3)) > 0
 
 
 @pytest.mark.parametrize("pixel", [(0, 0), (0, 27), (14, 14), (27, 0), (27, 27)])
@@ -55,6 +55,29 @@ def test_cached_logits_equal_full_logits_in_float32(nb, model, n):
 
 def test_cached_logits_equal_full_logits_in_float64(nb, model):
     assert nb.cached_difference(copy.deepcopy(model).double(), random_images(3)) < 1e-10
+
+
+@pytest.mark.parametrize("start", [0, 9 * 28 + 13])
+@pytest.mark.parametrize("n, dtype, bound", [(1, torch.float32, 1e-4), (3, torch.float32, 1e-4),
+                                             (64, torch.float32, 1e-4), (3, torch.float64, 1e-10)])
+def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtype, bound, start):
+    """With clamped pixels, different for each image, and whole known rows; also from mid-row on."""
+    network = copy.deepcopy(model).to(dtype)
+    images = random_images(n)
+    known = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(1)) < 0.3
+    known[:, 12:15] = True
+    cache = network.new_cache(n)
+    network(images, cache)
+    walk, asked = nb.PixelByPixel(network, images.clone(), cache), {}
+    original = walk.logits
+    walk.logits = lambda *pixel: asked.setdefault(pixel, original(*pixel).clone())
+    nb.draw_pixels(walk, known, nb.uniform_streams(n, 784, 0, "cpu"), start, 784)
+    full = network(walk.images)
+    assert max((full[:, :, r, c] - logits).abs().max() for (r, c), logits in asked.items()) < bound
+    assert len(asked) == 784 - start - 3 * 28
+    kept = known | (torch.arange(784).view(28, 28) < start)
+    assert torch.equal(walk.images[kept], images[kept])
+    assert (walk.images[~kept] != images[~kept]).any()
 
 
 @pytest.mark.parametrize("row", [0, 1, 5, 14, 27])
@@ -136,3 +159,25 @@ def test_bad_arguments_of_sample_are_refused_by_name(nb, model):
         nb.sample(model, 1, stop=(28, 0))
     with pytest.raises(ValueError, match="mask B"):
         nb.sample(nb.PixelCNN(replace(nb.Config(), first_mask="B")), 1)
+
+
+def test_samples_are_as_surprising_as_the_model_expects(nb, tiny):
+    """z of 4,000 draws; it would see a temperature of 0.9 or 3 % of the pixels moved by a level."""
+    draws = nb.sample(tiny, 4000, seed=8)
+    assert abs(nb.surprise_z(tiny, draws)) < 4
+    assert nb.surprise_z(tiny, nb.sample(tiny, 4000, seed=8, temperature=0.9)) < -4
+    moved = torch.rand(draws.shape, generator=torch.Generator().manual_seed(0)) < 0.03
+    assert nb.surprise_z(tiny, torch.where(moved, (draws + 1) % 3, draws)) > 4
+
+
+def test_counts_and_running_means_equal_their_definitions(nb, model):
+    """Both summaries of the past, recomputed for one pixel from the sums in the text."""
+    image, pixel = random_images(1) // 16, 300
+    logs = model.log_counts(image, 0).flatten(1, 2)[0, pixel]
+    expected = torch.bincount(image.flatten()[:pixel].int(), minlength=256)
+    assert torch.allclose(logs, torch.log1p(expected.float()))
+    mean = copy.deepcopy(model.blocks[1].mean).double()
+    h = torch.randn(1, 28, 28, model.config.channels, dtype=torch.float64)
+    k, v = mean.propose(h).flatten(1, 2)[0, : pixel + 1].chunk(2, dim=-1)
+    weights = torch.softmax(k.clamp(-8, 8), dim=0)
+    assert torch.allclose(mean(h).flatten(1, 2)[0, pixel], mean.out((weights * v).sum(dim=0)))

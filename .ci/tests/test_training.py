@@ -1,5 +1,6 @@
 """Training resumes exactly; checkpoints are refused when anything is wrong with them."""
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 @pytest.fixture(scope="module")
 def config(nb):
     return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2),
-                     attention_blocks=(1,), heads=2, head_width=4, images_seen=640, batch_size=16,
+                     context=4, images_seen=640, batch_size=16,
                      validate_every=10)
 
 
@@ -34,7 +35,7 @@ def same(a, b):
 
 def test_training_learns(nb, trained):
     history = nb.load_checkpoint(trained, "cpu").history
-    assert history[-1]["validation_bits"] < 0.8 * history[0]["validation_bits"]
+    assert history[-1]["validation_bits"] < 0.9 * math.log2(3) < history[0]["validation_bits"]
     assert history[-1]["images"] == 640
 
 
@@ -58,8 +59,10 @@ def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
 
 def test_training_goes_on_from_weights_alone(nb, config, images, trained, tmp_path):
     start = nb.load_checkpoint(trained, "cpu")
-    more, _ = nb.train(replace(config, images_seen=160), images, images[:20], path=tmp_path / "more.pt",
-                       device="cpu", initial=start.state_dict())
+    more, history = nb.train(replace(config, images_seen=160), images, images[:20], path=tmp_path / "more.pt",
+                             device="cpu", initial=start)
+    assert history[:-1] == start.history and history[-1]["images"] == 640 + 160
+    assert history[-1]["seconds"] > start.history[-1]["seconds"]
     bits = [nb.bits_per_dim(m, images).mean() for m in (start, more)]
     assert bits[1] < 1.05 * bits[0]
 
@@ -162,4 +165,4 @@ def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
     assert set(sums) == {p.name for p in (root / "checkpoints").glob("*.pt")}
     for name in sums:
         model = nb.load_checkpoint(root / "checkpoints" / name, "cpu")
-        assert nb.leaked_difference(model, 3) == 0 or model.config.first_mask == "B"
+        assert nb.leaked_difference(model, torch.randint(0, 256, (3, 28, 28))) == 0 or model.config.first_mask == "B"

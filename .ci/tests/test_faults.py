@@ -1,0 +1,398 @@
+"""What users' machines do: kill, fill up, corrupt, starve, repeat. Each fault is made for real where it can be."""
+
+import functools
+import http.server
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+forks = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def config(nb):
+    return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2),
+                     context=4, images_seen=640, batch_size=16, validate_every=10)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 3, (100, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def in_a_process(function, *arguments):
+    """Start function(*arguments) in a fork with one thread (OpenMP's threads do not survive a fork)."""
+    def run():
+        torch.set_num_threads(1)
+        function(*arguments)
+    process = forks.Process(target=run)
+    process.start()
+    return process
+
+
+def weights_of(nb, path):
+    return nb.load_checkpoint(path, "cpu").state_dict()
+
+
+# Kills and full disks ---------------------------------------------------------------------------
+
+def test_training_killed_at_random_moments_ends_as_if_never_stopped(nb, config, images, tmp_path):
+    """20 SIGKILLs; the state is written at every step, so that many fall into a write."""
+    def run(folder):
+        nb.train(config, images, images[:20], path=folder / "model.pt", device="cpu", save_seconds=0)
+
+    calm = in_a_process(run, tmp_path / "calm")
+    calm.join(120)
+    rng, kills, begun = random.Random(0), 0, time.monotonic()
+    while kills < 20:
+        process = in_a_process(run, tmp_path / "killed")
+        process.join(rng.uniform(0.02, 0.25))
+        if not process.is_alive():
+            assert process.exitcode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        assert time.monotonic() - begun < 120
+    assert kills >= 3, "it ended before it was killed: the test tested nothing"
+    last = in_a_process(run, tmp_path / "killed")
+    last.join(120)
+    a, b = (weights_of(nb, tmp_path / name / "model.pt") for name in ("calm", "killed"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    other = nb.train(replace(config, seed=1), images, images[:20], path=tmp_path / "other.pt", device="cpu")[0]
+    assert not all(torch.equal(a[key], value) for key, value in other.state_dict().items())
+
+
+def test_a_kill_between_the_checkpoint_and_its_hash_is_mended(nb, config, images, tmp_path):
+    path = tmp_path / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=39)
+    path.write_bytes(b"renamed into place, but its hash was not written")
+    model, history = nb.load_or_train(config, images, images[:20], path=path, device="cpu")
+    assert history[-1]["images"] == 640
+    assert all(torch.equal(v, weights_of(nb, path)[k]) for k, v in model.state_dict().items())
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
+    """A real limit on the size of files, in a process of its own."""
+    path = tmp_path / "file.pt"
+    nb.save_atomically({"a": 1}, path)
+
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            nb.save_atomically({"a": torch.zeros(100_000)}, path)
+        except (OSError, RuntimeError) as error:
+            (tmp_path / "said").write_text(str(error))
+
+    process = in_a_process(write)
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "said").read_text()
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert {p.name for p in tmp_path.iterdir()} == {"file.pt", "said"}
+
+
+# Checkpoints ------------------------------------------------------------------------------------
+
+def test_the_previous_checkpoint_is_used_when_the_last_is_damaged(nb, config, images, tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu")
+    first = weights_of(nb, path)
+    with pytest.raises(ValueError, match="model.pt: SHA-256"):  # nothing previous: an error, not a random model
+        damaged = tmp_path / "alone" / "model.pt"
+        shutil.copytree(tmp_path, damaged.parent)
+        damaged.write_bytes(damaged.read_bytes()[:-50])
+        nb.load_or_train(config, images, images[:20], path=damaged, device="cpu")
+    nb.train(config, images, images[:20], path=path, device="cpu", initial=nb.load_checkpoint(path, "cpu"))
+    path.write_bytes(path.read_bytes()[:-50])
+    model, _ = nb.load_or_train(config, images, images[:20], path=path, device="cpu")
+    said = capsys.readouterr().out
+    assert "model.pt: SHA-256" in said and "model.previous.pt" in said
+    assert all(torch.equal(first[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [dict(channels=0), dict(levels=1), dict(height=2.5), dict(dilations=(1, 0)),
+                                    dict(first_mask="C"), dict(batch_size=-1), dict(width=None)])
+def test_an_impossible_config_is_refused_by_name(nb, config, change):
+    with pytest.raises(ValueError, match=f"config: .*{next(iter(change))}"):
+        replace(config, **change)
+
+
+def test_ten_thousand_mutated_checkpoints(nb, config, tmp_path):
+    """Loaded or refused by ValueError, never anything else. Their hashes are made right, to get past them."""
+    path = tmp_path / "model.pt"
+    small = replace(config, height=2, width=2, channels=2, bottleneck=2, dilations=(1,), context=1)
+    nb.save_checkpoint(nb.PixelCNN(small), [], path)
+    good = path.read_bytes()
+
+    def fuzz(seed):
+        folder, rng = tmp_path / f"{seed}", random.Random(seed)
+        folder.mkdir()
+        victim, counts = folder / "model.pt", {"loaded": 0, "refused": 0}
+        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+        for _ in range(5000):
+            data = bytearray(good)
+            for _ in range(rng.choice((1, 1, 2, 8))):
+                at = rng.randrange(len(data))
+                how = rng.randrange(4)
+                if how == 0:
+                    data[at] ^= 1 << rng.randrange(8)
+                elif how == 1:
+                    data[at] = rng.randrange(256)
+                elif how == 2:
+                    del data[at : at + rng.randrange(1, 40)]
+                else:
+                    data[at:at] = data[rng.randrange(len(data)):][: rng.randrange(1, 40)]
+            victim.write_bytes(data)
+            (folder / "SHA256SUMS").write_text(f"{nb.sha256_of(victim)}  model.pt\n")
+            try:
+                nb.load_checkpoint(victim, "cpu")
+                counts["loaded"] += 1
+            except ValueError:
+                counts["refused"] += 1
+        (tmp_path / f"{seed}.json").write_text(json.dumps(counts))
+
+    workers = [in_a_process(fuzz, seed) for seed in (0, 1)]
+    for worker in workers:
+        worker.join(600)
+        assert worker.exitcode == 0, "a crash, an undeclared error, or a hang"
+    counts = [json.loads((tmp_path / f"{seed}.json").read_text()) for seed in (0, 1)]
+    assert sum(sum(c.values()) for c in counts) == 10_000 and all(min(c.values()) > 0 for c in counts)
+
+
+# Data -------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+def test_ten_thousand_mutated_data_files(nb, root, mnist, tmp_path):
+    """Every change of a data file is seen, and the reader of the wheel's pickle raises what it declares."""
+    name = "t10k-labels-idx1-ubyte"
+    good = (root / "data" / "MNIST" / "raw" / name).read_bytes()
+    rng = random.Random(0)
+    (tmp_path / name).write_bytes(good)
+    assert name not in nb.unsound_files(tmp_path)
+    for _ in range(10_000):
+        data = bytearray(good)
+        at = rng.randrange(len(data))
+        if rng.random() < 0.8:
+            data[at] ^= rng.randrange(1, 256)
+        else:
+            del data[at:]
+        (tmp_path / name).write_bytes(data)
+        assert name in nb.unsound_files(tmp_path)
+    packed = pickle.dumps([np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(3)])
+    for _ in range(1000):
+        data = bytearray(packed)
+        for _ in range(rng.choice((1, 2, 5))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            nb.ArrayUnpickler(io.BytesIO(data)).load()
+        except Exception:  # any ordinary exception makes fetch_mnist go on to the next source
+            pass
+
+
+def test_two_notebooks_that_download_at_once(nb, root, mnist, tmp_path):
+    def source(folder, timeout):
+        for path in (root / "data" / "MNIST" / "raw").iterdir():
+            shutil.copy(path, folder / path.name)
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=nb.fetch_mnist, args=(tmp_path, (source,))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nb.unsound_files(tmp_path / "MNIST" / "raw") == []
+    assert len(list((tmp_path / "MNIST" / "raw").iterdir())) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(nb):
+    with pytest.raises(RuntimeError, match="folder: cannot write to /proc/none"):
+        nb.fetch_mnist("/proc/none", sources=())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=3, max_size=3), st.integers(0, 2 ** 32 - 1))
+def test_idx_files_come_back_as_they_were(nb, tmp_path_factory, shape, seed):
+    array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    path = tmp_path_factory.mktemp("idx") / "images"
+    path.write_bytes(nb.idx_bytes(array))
+    assert (torchvision.datasets.mnist.read_image_file(str(path)).numpy() == array).all()
+
+
+# Properties of any model and any mask -------------------------------------------------------------
+
+sizes = st.integers(1, 5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=sizes, width=sizes, levels=st.integers(2, 6), channels=sizes, context=sizes, seed=st.integers(0, 99),
+       dilations=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_any_small_model_survives_a_checkpoint_and_draws_what_it_scores(
+        nb, tmp_path_factory, height, width, levels, channels, context, seed, dilations):
+    torch.manual_seed(seed)
+    model = nb.PixelCNN(nb.Config(height=height, width=width, levels=levels, embedding=3, channels=channels,
+                                  bottleneck=2, dilations=tuple(dilations), context=context)).eval()
+    path = tmp_path_factory.mktemp("any") / "model.pt"
+    nb.save_checkpoint(model, [{"images": 1}], path)
+    again = nb.load_checkpoint(path, "cpu")
+    assert again.config == model.config and again.history == [{"images": 1}]
+    draws = nb.sample(again, 3, seed=seed)
+    assert torch.equal(draws, nb.sample(model, 3, seed=seed))
+    assert draws.shape == (3, height, width) and int(draws.max()) < levels
+    assert nb.leaked_difference(again, draws) < 1e-14  # odd sizes are added up in another order
+    assert nb.cached_difference(again.double(), draws) < 1e-10
+
+
+@settings(max_examples=25, deadline=None)
+@given(mask=st.lists(st.booleans(), min_size=9, max_size=9), seed=st.integers(0, 99))
+def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, table, mask, seed):
+    """Detects an error of 7 standard errors, or of 0.5 nats where there is no error bar."""
+    known, image = torch.tensor(mask).view(3, 3), nb.sample(tiny, 1, seed=seed)[0]
+    completion = nb.complete(tiny, image, known, 5, nb.Budget(8, 100, 50), seed=seed)
+    assert (completion.draws[:, known] == image[known]).all() and completion.draws.shape == (5, 3, 3)
+    exact = nb.exact_posterior(*table, image, known)[2]
+    stderr = completion.log_evidence_stderr
+    assert abs(completion.log_evidence - exact) < (0.5 if stderr is None else 7 * stderr + 1e-9)
+
+
+# Bad evidence and bad arguments -------------------------------------------------------------------
+
+def test_improbable_evidence_is_flagged(nb, tiny):
+    """Level 2 made very improbable: known pixels of that level are no image of this model."""
+    model = nb.tiny_model()
+    model.head.bias.data += torch.tensor([0.0, 0.0, -20.0])
+    image = torch.full((3, 3), 2, dtype=torch.uint8)
+    for known in (torch.arange(9).view(3, 3) < 4, torch.arange(9).view(3, 3) > 4):
+        bad = nb.complete(model, image, known, 2, nb.Budget(4, 20, 10))
+        assert bad.status == "off-model" and bad.log_evidence < -40
+        good = nb.complete(model, nb.sample(model, 1, seed=1)[0], known, 2, nb.Budget(4, 200, 100))
+        assert good.status in ("exact", "converged", "not converged")
+
+
+def test_impossible_evidence_is_an_error_and_not_uniform_draws(nb):
+    model = nb.tiny_model()
+    model.head.bias.data[2] = -math.inf
+    image = torch.full((3, 3), 2, dtype=torch.uint8)
+    for known in (torch.arange(9).view(3, 3) < 4, torch.arange(9).view(3, 3) > 4):
+        with pytest.raises(ValueError, match="impossible evidence"):
+            nb.complete(model, image, known, 2, nb.Budget(4, 20, 10))
+    with pytest.raises(ValueError, match="impossible evidence"):
+        nb.conditional_given_rest(model, image, (1, 1))
+
+
+def test_a_mask_for_each_image_is_refused_by_complete(nb, tiny):
+    with pytest.raises(ValueError, match=r"known: expected one mask"):
+        nb.complete(tiny, nb.sample(tiny, 1)[0], torch.ones(2, 3, 3, dtype=torch.bool))
+
+
+def test_nan_in_images_is_refused(nb, tiny):
+    with pytest.raises(ValueError, match="images: .*float32"):
+        nb.log_prob(tiny, torch.full((1, 3, 3), math.nan))
+
+
+# Memory, seeds, threads ---------------------------------------------------------------------------
+
+def test_a_batch_too_large_for_the_gpu_is_halved_with_the_same_draws(nb, tiny, monkeypatch):
+    calm, real = nb.sample(tiny, 30, seed=4), nb.PixelByPixel
+
+    class Starved(real):
+        def __init__(self, model, images, cache=None):
+            if len(images) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(model, images, cache)
+
+    monkeypatch.setattr(nb, "PixelByPixel", Starved)
+    with pytest.warns(UserWarning, match="out of GPU memory"):
+        assert torch.equal(nb.sample(tiny, 30, seed=4), calm)
+
+    def never(part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="single image"):
+        nb.in_batches(never, torch.arange(4), 4)
+
+
+def test_one_seed_one_result(nb, tiny):
+    image, known = nb.sample(tiny, 1, seed=1)[0], torch.arange(9).view(3, 3) > 3
+    budget = nb.Budget(4, 40, 20)
+    first, again, other = (nb.complete(tiny, image, known, 6, budget, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.draws, again.draws) and first.log_evidence == again.log_evidence
+    assert first.log_evidence != other.log_evidence
+
+
+def test_threads_change_rounding_only(nb):
+    torch.manual_seed(0)
+    model = nb.PixelCNN(nb.Config()).eval()
+    images = torch.randint(0, 256, (4, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    threads, answers = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        answers.append(nb.log_prob(model, images))
+    torch.set_num_threads(threads)
+    assert (answers[0] - answers[1]).abs().max() < 0.01  # nats, of some 4,000
+
+
+def test_a_loss_that_explodes_stops_the_run_and_names_step_and_rate(nb, config, images, tmp_path):
+    path = tmp_path / "model.pt"
+    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=5)
+    state = path.with_suffix(".state").read_bytes()
+    spoilt = torch.load(io.BytesIO(state), weights_only=True)
+    spoilt["parts"][0]["head.bias"] += torch.tensor([1e4, 0.0, 0.0])
+    torch.save(spoilt, path.with_suffix(".state"))
+    kept = path.with_suffix(".state").read_bytes()
+    with pytest.raises(FloatingPointError, match=r"nats at step 5, learning rates \[.*state is kept"):
+        nb.train(config, images, images[:20], path=path, device="cpu")
+    assert path.with_suffix(".state").read_bytes() == kept and not path.exists()
+
+
+# Only the notebook was opened ---------------------------------------------------------------------
+
+@pytest.fixture
+def server(nb, config, images, tmp_path):
+    """(address, folder) of a web server over a repository with one checkpoint."""
+    served = tmp_path / "served"
+    nb.train(config, images, images[:20], path=served / "checkpoints" / "model.pt", device="cpu")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", served
+        running.shutdown()
+
+
+def test_a_checkpoint_is_fetched_with_its_hash(nb, server, tmp_path):
+    path = tmp_path / "mine" / "model.pt"
+    assert "trained" in nb.fetch_checkpoint(path, "") and not path.exists()
+    assert nb.fetch_checkpoint(path, server[0] + "/").endswith("fetched")
+    assert all(torch.equal(v, weights_of(nb, server[1] / "checkpoints" / "model.pt")[k])
+               for k, v in weights_of(nb, path).items())
+    before = path.read_bytes()
+    assert nb.fetch_checkpoint(path, "http://127.0.0.1:9").endswith("here") and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("fault", ["nobody there", "no such file", "damaged", "no address"])
+def test_a_fetch_that_fails_leaves_nothing_and_says_why(nb, server, tmp_path, fault):
+    path, (address, served) = tmp_path / "mine" / "model.pt", server
+    if fault == "no such file":
+        (served / "checkpoints" / "model.pt").unlink()
+    if fault == "damaged":
+        (served / "checkpoints" / "model.pt").write_bytes(b"half of it")
+    address = {"nobody there": "http://127.0.0.1:9", "no address": "somewhere"}.get(fault, address)
+    assert "could not be fetched" in nb.fetch_checkpoint(path, address)
+    assert not path.parent.exists()

@@ -1,0 +1,157 @@
+"""The kernels' transition matrices, an exact rank test, and the coverage of intervals, on the 3x3 model."""
+
+import math
+
+import pytest
+import torch
+
+
+def known_mask(*unknown):
+    known = torch.ones(3, 3, dtype=torch.bool)
+    known.view(-1)[list(unknown)] = False
+    return known
+
+
+def wrong_acceptance(mistake, right):
+    """log_acceptance with one mistake in it."""
+    def acceptance(old, new, known, start, stop, beta):
+        flat, inside = (new - old).flatten(1), torch.arange(9)
+        run = (inside >= start) & (inside < stop) & ~known.flatten()
+        if mistake == "forward Gibbs":  # every proposal is accepted
+            return torch.zeros(len(old), dtype=torch.float64)
+        if mistake == "last future factor dropped":
+            return right(old, new, known, start, stop, beta) - (1 if not known[2, 2] else beta) * flat[:, 8]
+        if mistake == "j >= i":  # the pixel's own factor counted, though the proposal cancels it
+            return right(old, new, known, start, stop, beta) + flat[:, start]
+        if mistake == "no proposal ratio":
+            return right(old, new, known, start, stop, beta) + flat[:, run].sum(1)
+        if mistake == "beta on the unknowns":
+            weights = torch.where(known.flatten(), 1.0, beta) * ~run * (inside >= start)
+            return (flat * weights).sum(1)
+        return right(old, new, known, start, stop, beta)
+    return acceptance
+
+
+MISTAKES = ["forward Gibbs", "last future factor dropped", "j >= i", "no proposal ratio", "beta on the unknowns"]
+
+
+def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta, mistake=None):
+    """P[x, x'] of `regenerate` on the completions `support`, from the acceptance that it computes itself.
+
+    Every proposal is forced once for every state; its probability comes from the full pass.
+    """
+    run = torch.zeros(3, 3, dtype=torch.bool)
+    run.view(-1)[start:stop] = True
+    run &= ~known
+    count = len(support)
+    states = support.repeat_interleave(count, 0)
+    forced = torch.where(run, support.repeat(count, 1, 1), states)
+    twins = (support[None, :, run] == support[:, None, run]).all(-1).sum(1).repeat(count)  # same proposal, again
+    proposal = nb.pixel_log_probs(model, forced, 4096)[:, run].sum(1).exp() / twins
+    ratios, right = [], nb.log_acceptance
+
+    def recorded(*arguments):
+        ratios.append(wrong_acceptance(mistake, right)(*arguments))
+        return ratios[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, "log_acceptance", recorded)
+        patch.setattr(nb, "draw_levels", lambda *_: forced.flatten(1)[:, start].long())
+        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
+        nb.regenerate(nb.Particles(model, states.clone()), known, start, stop, beta, torch.Generator())
+    accepted = torch.ones(len(states), dtype=torch.float64)
+    accepted[(forced != states).flatten(1).any(1)] = ratios[0].clamp(max=0).exp()
+    order = {code: number for number, code in enumerate(nb.completion_codes(support, known, 3).tolist())}
+    target = torch.tensor([order[code] for code in nb.completion_codes(forced, known, 3).tolist()])
+    source = torch.arange(count).repeat_interleave(count)
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    matrix.index_put_((source, target), proposal * accepted, accumulate=True)
+    matrix.index_put_((source, source), proposal * (1 - accepted), accumulate=True)
+    return matrix
+
+
+def tempered(nb, model, support, known, beta):
+    terms = nb.pixel_log_probs(model, support, 4096)
+    return torch.softmax(terms[:, ~known].sum(1) + beta * terms[:, known].sum(1), dim=0)
+
+
+MOVES = [((0, 1, 2), 0, 1), ((0, 1, 2), 1, 2), ((0, 1, 2), 0, 3), ((0, 3, 4), 0, 4), ((0, 3, 4), 2, 5), ((1, 5, 6), 1, 7)]
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.0])
+@pytest.mark.parametrize("unknown, start, stop", MOVES)
+def test_the_transition_matrix_keeps_its_target(nb, tiny, table, monkeypatch, unknown, start, stop, beta):
+    """Rows sum to 1 and pi P = pi within 1e-12: single pixels, runs, and runs over known pixels."""
+    known, image = known_mask(*unknown), nb.sample(tiny, 2, seed=5)[1]
+    support = nb.exact_posterior(*table, image, known)[0]
+    pi = tempered(nb, tiny, support, known, beta)
+    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, start, stop, beta)
+    assert (matrix.sum(1) - 1).abs().max() < 1e-12
+    assert (pi @ matrix - pi).abs().max() < 1e-12
+    flow = pi[:, None] * matrix
+    assert (flow - flow.T).abs().max() < 1e-12  # detailed balance
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_transition_matrix_of_a_wrong_kernel_does_not(nb, tiny, table, monkeypatch, mistake):
+    known, image = known_mask(0, 3, 4), nb.sample(tiny, 2, seed=5)[1]
+    support = nb.exact_posterior(*table, image, known)[0]
+    pi = tempered(nb, tiny, support, known, 0.4)
+    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, 0, 1, 0.4, mistake)
+    assert (pi @ matrix - pi).abs().max() > 1e-4
+
+
+def rank_statistic(nb, tiny, known, seed, n=4000, length=7):
+    """Chi-square of the ranks of the true image's log p(x_K | x_U) in chains through it (7 degrees of freedom).
+
+    Gandy & Scott 2020: the images are exact draws of the model, each its own evidence; from a random place in
+    the chain the kernel (a random site each step, so reversible) runs forwards and backwards.
+    """
+    images = nb.sample(tiny, n, seed=seed, batch_size=n)
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.randint(length + 1, (n,), generator=generator)
+    unknown = (~known.flatten()).nonzero()[:, 0].tolist()
+    values = [nb.Particles(tiny, images.clone()).evidence(known)]
+    for half in range(2):
+        particles = nb.Particles(tiny, images.clone())
+        for step in range(length):
+            for _ in range(2):
+                site = unknown[int(torch.randint(len(unknown), (1,), generator=generator))]
+                nb.regenerate(particles, known, site, site + 1, 1.0, generator)
+            lasts = before > step if half == 0 else length - before > step
+            values.append(torch.where(lasts, particles.evidence(known), torch.nan))
+    values = torch.stack(values)
+    noise = torch.rand(values.shape, generator=generator, dtype=torch.float64)  # breaks ties
+    below = (values < values[0] - 1e-12) | (((values - values[0]).abs() <= 1e-12) & (noise < noise[0]))
+    ranks = torch.bincount(below[1:].sum(0), minlength=length + 1).double()
+    return ((ranks - n / (length + 1)) ** 2 / (n / (length + 1))).sum().item()
+
+
+RANK_BOUND = 30.0  # chi-square with 7 degrees of freedom exceeds it with probability 1e-4
+
+
+@pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 4, 5, 7)])
+def test_ranks_of_the_truth_are_uniform(nb, tiny, unknown):
+    assert rank_statistic(nb, tiny, known_mask(*unknown), seed=21) < RANK_BOUND
+
+
+@pytest.mark.parametrize("mistake", ["forward Gibbs", "j >= i"])
+def test_the_rank_test_rejects_wrong_kernels(nb, tiny, monkeypatch, mistake):
+    monkeypatch.setattr(nb, "log_acceptance", wrong_acceptance(mistake, nb.log_acceptance))
+    assert rank_statistic(nb, tiny, known_mask(0, 1, 2), seed=21) > RANK_BOUND
+
+
+def test_intervals_cover(nb, tiny, table):
+    """95 % intervals (t with 19 degrees) of log p(known) for 80 images: 66 to 80 must cover.
+
+    Detects a true coverage below 0.75 in all but one of a thousand cases; the control halves the intervals.
+    """
+    known, covered, halved = known_mask(0, 1, 4), 0, 0
+    for seed in range(80):
+        image = nb.sample(tiny, 1, seed=1000 + seed)[0]
+        completion = nb.complete(tiny, image, known, 1, nb.Budget(20, 60, 30), seed=seed)
+        share = torch.softmax(completion.diagnostics["log_evidences"], 0)
+        stderr = (20 * share).std().item() / math.sqrt(20)
+        off = abs(completion.log_evidence - nb.exact_posterior(*table, image, known)[2])
+        covered, halved = covered + (off < 2.09 * stderr), halved + (off < 0.35 * 2.09 * stderr)
+    assert covered >= 66 > halved
