@@ -58,12 +58,13 @@ def test_training_killed_at_random_moments_ends_as_if_never_stopped(nb, config, 
     def run(folder):
         nb.train(config, images, images[:20], path=folder / "model.pt", device="cpu", save_seconds=0)
 
+    config, begun = replace(config, images_seen=3200), time.monotonic()
     calm = in_a_process(run, tmp_path / "calm")
     calm.join(120)
-    rng, kills, begun = random.Random(0), 0, time.monotonic()
+    whole, rng, kills, begun = time.monotonic() - begun, random.Random(0), 0, time.monotonic()
     while kills < 20:
         process = in_a_process(run, tmp_path / "killed")
-        process.join(rng.uniform(0.02, 0.25))
+        process.join(rng.uniform(0, whole / 5))
         if not process.is_alive():
             assert process.exitcode == 0
             break
