@@ -12,6 +12,19 @@ def known_mask(*unknown):
     return known
 
 
+def matrix_of(nb, support, known, states, forced, proposal, log_ratios):
+    """P[x, x'] from every proposal `forced` at every state, its probability, and the log ratios of those that differ."""
+    accepted, count = torch.ones(len(states), dtype=torch.float64), len(support)
+    accepted[(forced != states).flatten(1).any(1)] = log_ratios.clamp(max=0).exp()
+    order = {code: number for number, code in enumerate(nb.completion_codes(support, known, 3).tolist())}
+    target = torch.tensor([order[code] for code in nb.completion_codes(forced, known, 3).tolist()])
+    source = torch.arange(count).repeat_interleave(count)
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    matrix.index_put_((source, target), proposal * accepted, accumulate=True)
+    matrix.index_put_((source, source), proposal * (1 - accepted), accumulate=True)
+    return matrix
+
+
 def wrong_acceptance(mistake, right):
     """log_acceptance with one mistake in it."""
     def acceptance(old, new, known, start, stop, beta):
@@ -56,18 +69,9 @@ def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta,
 
     with monkeypatch.context() as patch:
         patch.setattr(nb, "log_acceptance", recorded)
-        patch.setattr(nb, "draw_levels", lambda *_: forced.flatten(1)[:, start].long())
         patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
         nb.regenerate(nb.Particles(model, states.clone()), known, start, stop, beta, torch.Generator())
-    accepted = torch.ones(len(states), dtype=torch.float64)
-    accepted[(forced != states).flatten(1).any(1)] = ratios[0].clamp(max=0).exp()
-    order = {code: number for number, code in enumerate(nb.completion_codes(support, known, 3).tolist())}
-    target = torch.tensor([order[code] for code in nb.completion_codes(forced, known, 3).tolist()])
-    source = torch.arange(count).repeat_interleave(count)
-    matrix = torch.zeros(count, count, dtype=torch.float64)
-    matrix.index_put_((source, target), proposal * accepted, accumulate=True)
-    matrix.index_put_((source, source), proposal * (1 - accepted), accumulate=True)
-    return matrix
+    return matrix_of(nb, support, known, states, forced, proposal, ratios[0])
 
 
 def tempered(nb, model, support, known, beta):

@@ -1,0 +1,228 @@
+"""The learned proposal: it never reads what it must not, and whatever it says, the answers are the table's."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_kernels import known_mask, matrix_of
+
+
+@pytest.fixture(scope="module")
+def proposal(nb, tiny):
+    """A proposal with random weights: its hints are strong and mean nothing."""
+    torch.manual_seed(3)
+    proposal = nb.Proposal.starting_from(tiny, (1, 2))
+    for parameter in proposal.encoder.parameters():
+        parameter.add_(0.15 * torch.randn_like(parameter))
+    return proposal
+
+
+MASKS = [(0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7)]
+
+
+def test_without_a_hint_it_is_the_model(nb, tiny, table):
+    images, start = table[0][::500], nb.Proposal.starting_from(tiny, (1,))
+    guide = start.given(images, torch.rand(images.shape) < 0.5)
+    assert (guide(images) - tiny(images)).abs().max() == 0
+
+
+@pytest.mark.parametrize("unknown", MASKS)
+def test_it_is_a_distribution_given_the_evidence(nb, proposal, table, evidence, unknown):
+    """It sums to 1 over the completions (so no factor sees a later unknown pixel), and unknown levels are not read."""
+    known = known_mask(*unknown)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    guide = proposal.given(evidence[1][None], known[None])
+    total = nb.pixel_log_probs(guide, support)[:, ~known].sum(dim=1).exp().sum().item()
+    assert abs(total - 1) < 1e-12
+    other = torch.where(known, evidence[1], 2 - evidence[1])
+    assert (proposal.given(other[None], known[None]).position == guide.position).all()
+    changed = torch.where(known, (evidence[1] + 1) % 3, evidence[1])
+    assert (proposal.given(changed[None], known[None]).position != guide.position).any()
+
+
+def test_each_image_of_a_batch_has_its_own_evidence(nb, proposal, evidence):
+    masks = torch.stack([known_mask(*unknown) for unknown in MASKS])
+    together = proposal.given(evidence[:4], masks)(evidence[:4])
+    for b in range(4):
+        alone = proposal.given(evidence[b : b + 1], masks[b : b + 1])(evidence[b : b + 1])[0]
+        assert (together[b] - alone).abs().max() < 1e-12
+
+
+def wrong(mistake, right):
+    def acceptance(beta, gain_p, gain_q, log_q_block):
+        ratio = right(beta, gain_p, gain_q, log_q_block)
+        if mistake == "no proposal ratio":
+            return ratio - log_q_block[0] + log_q_block[1]
+        if mistake == "proposal ratio upside down":
+            return ratio - 2 * (log_q_block[0] - log_q_block[1])
+        if mistake == "path without q":
+            return ratio - (1 - beta) * gain_q
+        if mistake == "beta forgotten":
+            return ratio + (1 - beta) * gain_p
+        return ratio
+    return acceptance
+
+
+MISTAKES = ["no proposal ratio", "proposal ratio upside down", "path without q", "beta forgotten"]
+
+
+def block_matrix(nb, monkeypatch, model, proposal, support, known, block, beta, mistake=None):
+    """P[x, x'] of `redraw_block` on the completions `support`; q(x'_S | rest) from a pass for each state alone."""
+    count, first = len(support), support[:1]
+    states = support.repeat_interleave(count, 0)
+    forced = torch.where(block, support.repeat(count, 1, 1), states)
+    twins = (support[None, :, block] == support[:, None, block]).all(-1).sum(1).repeat(count)
+    chance = []
+    for state in support:
+        guide = proposal.given(state[None], ~block[None])
+        drawn = torch.where(block, support, state)
+        chance.append(nb.pixel_log_probs(guide, drawn)[:, block].sum(1).exp())
+    chance, ratios, right = torch.cat(chance) / twins, [], nb.guided_log_acceptance
+
+    def recorded(*arguments):
+        ratios.append(wrong(mistake, right)(*arguments))
+        return ratios[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, "guided_log_acceptance", recorded)
+        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
+        guide = proposal.given(first, known[None])
+        nb.redraw_block(nb.Guided(model, guide, states.clone(), known), proposal, block, beta, torch.Generator())
+    return matrix_of(nb, support, known, states, forced, chance, ratios[0])
+
+
+def bridged(nb, model, proposal, support, known, beta):
+    log_q = nb.pixel_log_probs(proposal.given(support[:1], known[None]), support)[:, ~known].sum(1)
+    return torch.softmax((1 - beta) * log_q + beta * nb.log_prob(model, support), dim=0)
+
+
+BLOCKS = [((0, 1, 2), (1,)), ((0, 1, 2), (0, 2)), ((0, 1, 4), (0, 1, 4)), ((1, 4, 8), (4, 8)), ((3, 4, 6), (6,))]
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.0])
+@pytest.mark.parametrize("unknown, redrawn", BLOCKS)
+def test_redrawing_a_block_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, unknown, redrawn, beta):
+    """Rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
+    known, block = known_mask(*unknown), ~known_mask(*redrawn)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    pi = bridged(nb, tiny, proposal, support, known, beta)
+    matrix = block_matrix(nb, monkeypatch, tiny, proposal, support, known, block, beta)
+    assert (matrix.sum(1) - 1).abs().max() < 1e-12
+    flow = pi[:, None] * matrix
+    assert (pi @ matrix - pi).abs().max() < 1e-12 and (flow - flow.T).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_acceptance_does_not(nb, tiny, proposal, table, evidence, monkeypatch, mistake):
+    known, block = known_mask(0, 1, 2), ~known_mask(0, 2)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    pi = bridged(nb, tiny, proposal, support, known, 0.4)
+    matrix = block_matrix(nb, monkeypatch, tiny, proposal, support, known, block, 0.4, mistake)
+    assert (pi @ matrix - pi).abs().max() > 1e-4
+
+
+def ratio_z(nb, tiny, proposal, table, image, known, seed):
+    """z of E[Z-hat / Z] = 1 and of each completion's probability, over 40 replicates."""
+    support, posterior, log_evidence = nb.exact_posterior(*table, image, known)
+    budget = nb.Budget(replicates=40, initial=400, particles=100, ess_fraction=0.8, tile=2)
+    found = nb.complete(tiny, image, known, 1, budget, seed, proposal).diagnostics
+    ratio = (found["log_evidences"] - log_evidence).exp()
+    codes = [nb.completion_codes(replicate, known, 3) for replicate in found["particles"]]
+    counts = torch.stack([torch.bincount(code, minlength=len(support)) for code in codes]).double() / 100
+    table_of = torch.zeros(len(support), dtype=torch.float64)
+    table_of[nb.completion_codes(support, known, 3)] = posterior
+    error = (ratio[:, None] * counts - ratio[:, None] * table_of)[:, table_of > 0.02]
+    z = 40**0.5 * error.mean(0) / error.std(0)
+    return 40**0.5 * (ratio.mean() - 1) / ratio.std(), z.abs().max()
+
+
+@pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 1, 4)])
+def test_a_meaningless_proposal_still_gives_the_right_answer(nb, tiny, proposal, table, evidence, unknown):
+    """|z| < 5.5 (false alarm < 1e-4 with t of 39 degrees, a dozen looks): an error of a few per cent in Z shows."""
+    of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(*unknown), seed=1)
+    assert abs(of_evidence) < 5.5 and of_completions < 5.5
+
+
+def test_weights_without_q_are_rejected(nb, tiny, proposal, table, evidence, monkeypatch):
+    """Negative control: the log factor without log q is another target's."""
+    right = nb.LearnedPath.log_factor
+    monkeypatch.setattr(nb.LearnedPath, "log_factor", lambda path, images: right(path, images) + (
+        nb.pixel_log_probs(path.guide, images)[:, ~path.known].sum(dim=1)))
+    of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(0, 1, 2), seed=1)
+    assert abs(of_evidence) > 5.5 or of_completions > 5.5
+
+
+def backward_z(nb, tiny, table, image, known, starts):
+    """z of E[Z * weight] = 1 for backward walks from the images `starts`, with a proposal that has no hint."""
+    path = nb.LearnedPath(tiny, nb.Proposal.starting_from(tiny, (1,)), image, known, nb.Budget(tile=2))
+    log_evidence = nb.exact_posterior(*table, image, known)[2]
+    weights = nb.backward_log_weights(path, starts, [0.2, 0.5, 1.0], torch.Generator().manual_seed(0))
+    ratio = (weights + log_evidence).exp()
+    return (len(ratio) ** 0.5 * (ratio.mean() - 1) / ratio.std()).item()
+
+
+def test_backward_walks_from_exact_draws_estimate_one_over_z(nb, tiny, table, evidence):
+    """|z| < 4.5 for 4,000 walks; from draws of the prior instead of the posterior it is rejected."""
+    known = known_mask(0, 1, 2)
+    support, posterior, _ = nb.exact_posterior(*table, evidence[2], known)
+    exact = support[torch.multinomial(posterior, 4000, True, generator=torch.Generator().manual_seed(1))]
+    assert abs(backward_z(nb, tiny, table, evidence[2], known, exact)) < 4.5
+    prior = nb.sample(tiny, 4000, image=evidence[2], known=known, seed=3)
+    assert abs(backward_z(nb, tiny, table, evidence[2], known, prior)) > 4.5
+
+
+def test_tiles_share_out_the_unknown_pixels(nb):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 5, 7):
+        unknown = torch.rand(28, 28, generator=generator) < 0.4
+        tiles = torch.stack(nb.random_tiles(unknown, size, generator))
+        assert (tiles.sum(0) == unknown.int()).all() and tiles.flatten(1).any(1).all()
+        rows, columns = tiles.any(2), tiles.any(1)
+        assert max(int(r.nonzero().max() - r.nonzero().min()) for r in rows) < size
+        assert max(int(c.nonzero().max() - c.nonzero().min()) for c in columns) < size
+
+
+def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
+    for size in (dict(), dict(height=3, width=3), dict(height=2, width=5)):
+        config = nb.Config(**size)
+        masks = nb.random_masks(500, config, 7)
+        assert masks.shape == (500, config.height, config.width) and (~masks).flatten(1).any(1).all()
+        assert (masks == nb.random_masks(500, config, 7)).all() and (masks != nb.random_masks(500, config, 8)).any()
+    share = nb.random_masks(2000, nb.Config(), 0).double().mean(0)  # each pixel is known now and then, and unknown
+    assert share.min() > 0.2 and share.max() < 0.9
+
+
+def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
+    """KL(posterior || q) of the 3x3 model after 400 steps is less than half the prior's, and it reloads."""
+    config = replace(tiny.config, encoder=(1, 2), images_seen=12_800, validate_every=200)
+    images = nb.sample(tiny, 4000, seed=2, batch_size=4000)
+    start = nb.Proposal.starting_from(tiny, (1, 2)).float()
+    path = tmp_path / "proposal.pt"
+    trained, history = nb.train(config, images, images[:500], path=path, device="cpu", initial=start,
+                                network=nb.Proposal, loss=nb.proposal_loss, score=nb.proposal_bits)
+    assert history[-1]["validation_bits"] < nb.proposal_bits(start, images[:500]).mean()
+    before = after = 0.0
+    for image in evidence:
+        known = known_mask(0, 1, 2)
+        support, posterior, _ = nb.exact_posterior(*table, image, known)
+        for proposal in (start, trained):
+            log_q = nb.pixel_log_probs(proposal.given(image[None], known[None]), support)[:, ~known].sum(1)
+            divergence = (posterior * (posterior.log() - log_q)).sum().item()
+            before, after = (before + divergence, after) if proposal is start else (before, after + divergence)
+    assert after < before / 2
+    again = nb.load_checkpoint(path, "cpu", nb.Proposal)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values()))
+    with pytest.raises(ValueError, match="of a PixelCNN"):
+        nb.load_checkpoint(path, "cpu")
+
+
+def test_one_hidden_pixel_at_full_size(nb, root, mnist):
+    """The released networks, 28x28 and 256 levels in float32: log Z within 5 standard errors of E's (and 0.1 nats)."""
+    model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
+    proposal = nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
+    budget = nb.Budget(replicates=8, initial=32, particles=16)
+    exact, completion, distance, floor = nb.one_pixel_check(model, mnist[2][3], (14, 14), budget, proposal=proposal)
+    log_z = completion.diagnostics["log_evidences"]
+    assert abs(completion.log_evidence - exact) < max(0.1, 5 * log_z.std().item() / math.sqrt(8))
+    assert distance < 2 * floor + 0.05
