@@ -12,6 +12,21 @@ def known_mask(*unknown):
     return known
 
 
+def forced_ratios(nb, monkeypatch, name, acceptance, forced, move):
+    """The log ratios that `move` computes when all its proposals are `forced`; acceptance stands for nb.<name>."""
+    ratios = []
+
+    def recorded(*arguments):
+        ratios.append(acceptance(*arguments))
+        return ratios[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, name, recorded)
+        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
+        move()
+    return ratios[0]
+
+
 def matrix_of(nb, support, known, states, forced, proposal, log_ratios):
     """P[x, x'] from every proposal `forced` at every state, its probability, and the log ratios of those that differ."""
     accepted, count = torch.ones(len(states), dtype=torch.float64), len(support)
@@ -61,17 +76,10 @@ def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta,
     forced = torch.where(run, support.repeat(count, 1, 1), states)
     twins = (support[None, :, run] == support[:, None, run]).all(-1).sum(1).repeat(count)  # same proposal, again
     proposal = nb.pixel_log_probs(model, forced, 4096)[:, run].sum(1).exp() / twins
-    ratios, right = [], nb.log_acceptance
-
-    def recorded(*arguments):
-        ratios.append(wrong_acceptance(mistake, right)(*arguments))
-        return ratios[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nb, "log_acceptance", recorded)
-        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
-        nb.regenerate(nb.Particles(model, states.clone()), known, start, stop, beta, torch.Generator())
-    return matrix_of(nb, support, known, states, forced, proposal, ratios[0])
+    ratios = forced_ratios(
+        nb, monkeypatch, "log_acceptance", wrong_acceptance(mistake, nb.log_acceptance), forced,
+        lambda: nb.regenerate(nb.Particles(model, states.clone()), known, start, stop, beta, torch.Generator()))
+    return matrix_of(nb, support, known, states, forced, proposal, ratios)
 
 
 def tempered(nb, model, support, known, beta):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_kernels import known_mask, matrix_of
+from test_kernels import forced_ratios, known_mask, matrix_of
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,11 @@ def block_matrix(nb, monkeypatch, model, proposal, support, known, block, beta, 
         guide = proposal.given(state[None], ~block[None])
         drawn = torch.where(block, support, state)
         chance.append(nb.pixel_log_probs(guide, drawn)[:, block].sum(1).exp())
-    chance, ratios, right = torch.cat(chance) / twins, [], nb.guided_log_acceptance
-
-    def recorded(*arguments):
-        ratios.append(wrong(mistake, right)(*arguments))
-        return ratios[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nb, "guided_log_acceptance", recorded)
-        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
-        guide = proposal.given(first, known[None])
-        nb.redraw_block(nb.Guided(model, guide, states.clone(), known), proposal, block, beta, torch.Generator())
-    return matrix_of(nb, support, known, states, forced, chance, ratios[0])
+    guided = nb.Guided(model, proposal.given(first, known[None]), states.clone(), known)
+    ratios = forced_ratios(
+        nb, monkeypatch, "guided_log_acceptance", wrong(mistake, nb.guided_log_acceptance), forced,
+        lambda: nb.redraw_block(guided, proposal, block, beta, torch.Generator()))
+    return matrix_of(nb, support, known, states, forced, torch.cat(chance) / twins, ratios)
 
 
 def bridged(nb, model, proposal, support, known, beta):
