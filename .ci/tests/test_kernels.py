@@ -22,7 +22,7 @@ def forced_ratios(nb, monkeypatch, name, acceptance, forced, move):
 
     with monkeypatch.context() as patch:
         patch.setattr(nb, name, recorded)
-        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced))
+        patch.setattr(nb, "draw_pixels", lambda walk, *_: walk.images.copy_(forced[:, : walk.images.shape[1]]))
         move()
     return ratios[0]
 

@@ -67,22 +67,35 @@ def wrong(mistake, right):
 MISTAKES = ["no proposal ratio", "proposal ratio upside down", "path without q", "beta forgotten"]
 
 
-def block_matrix(nb, monkeypatch, model, proposal, support, known, block, beta, mistake=None):
-    """P[x, x'] of `redraw_block` on the completions `support`; q(x'_S | rest) from a pass for each state alone."""
-    count, first = len(support), support[:1]
+def move_matrix(nb, monkeypatch, model, proposal, support, known, redrawn, guide_of, move, mistake):
+    """P[x, x'] of a move that redraws the pixels `redrawn` from guide_of(state), each state in a pass of its own."""
+    count = len(support)
     states = support.repeat_interleave(count, 0)
-    forced = torch.where(block, support.repeat(count, 1, 1), states)
-    twins = (support[None, :, block] == support[:, None, block]).all(-1).sum(1).repeat(count)
+    forced = torch.where(redrawn, support.repeat(count, 1, 1), states)
+    twins = (support[None, :, redrawn] == support[:, None, redrawn]).all(-1).sum(1).repeat(count)
     chance = []
     for state in support:
-        guide = proposal.given(state[None], ~block[None])
-        drawn = torch.where(block, support, state)
-        chance.append(nb.pixel_log_probs(guide, drawn)[:, block].sum(1).exp())
-    guided = nb.Guided(model, proposal.given(first, known[None]), states.clone(), known)
-    ratios = forced_ratios(
-        nb, monkeypatch, "guided_log_acceptance", wrong(mistake, nb.guided_log_acceptance), forced,
-        lambda: nb.redraw_block(guided, proposal, block, beta, torch.Generator()))
+        drawn = torch.where(redrawn, support, state)
+        chance.append(nb.pixel_log_probs(guide_of(state), drawn)[:, redrawn].sum(1).exp())
+    guided = nb.Guided(model, proposal.given(support[:1], known[None]), states.clone(), known)
+    ratios = forced_ratios(nb, monkeypatch, "guided_log_acceptance", wrong(mistake, nb.guided_log_acceptance), forced,
+                           lambda: move(guided))
     return matrix_of(nb, support, known, states, forced, torch.cat(chance) / twins, ratios)
+
+
+def block_matrix(nb, monkeypatch, model, proposal, support, known, block, beta, mistake=None):
+    """P[x, x'] of `redraw_block` on the completions `support`."""
+    return move_matrix(nb, monkeypatch, model, proposal, support, known, block,
+                       lambda state: proposal.given(state[None], ~block[None]),
+                       lambda guided: nb.redraw_block(guided, proposal, block, beta, torch.Generator()), mistake)
+
+
+def tail_matrix(nb, monkeypatch, model, proposal, support, known, start, beta, mistake=None):
+    """P[x, x'] of `redraw_tail` on the completions `support`."""
+    tail = ~known & (torch.arange(9).view(3, 3) >= start)
+    return move_matrix(nb, monkeypatch, model, proposal, support, known, tail,
+                       lambda state: proposal.given(state[None], known[None]),
+                       lambda guided: nb.redraw_tail(guided, start, beta, torch.Generator()), mistake)
 
 
 def bridged(nb, model, proposal, support, known, beta):
@@ -112,6 +125,31 @@ def test_a_wrong_acceptance_does_not(nb, tiny, proposal, table, evidence, monkey
     support = nb.exact_posterior(*table, evidence[1], known)[0]
     pi = bridged(nb, tiny, proposal, support, known, 0.4)
     matrix = block_matrix(nb, monkeypatch, tiny, proposal, support, known, block, 0.4, mistake)
+    assert (pi @ matrix - pi).abs().max() > 1e-4
+
+
+TAILS = [((0, 1, 2), 0), ((0, 1, 2), 1), ((0, 1, 4), 1), ((1, 5, 6), 5), ((3, 4, 8), 3)]
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.0])
+@pytest.mark.parametrize("unknown, start", TAILS)
+def test_redrawing_a_tail_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, unknown, start, beta):
+    """Rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
+    known = known_mask(*unknown)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    pi = bridged(nb, tiny, proposal, support, known, beta)
+    matrix = tail_matrix(nb, monkeypatch, tiny, proposal, support, known, start, beta)
+    assert (matrix.sum(1) - 1).abs().max() < 1e-12
+    flow = pi[:, None] * matrix
+    assert (pi @ matrix - pi).abs().max() < 1e-12 and (flow - flow.T).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_acceptance_of_a_tail_does_not(nb, tiny, proposal, table, evidence, monkeypatch, mistake):
+    known = known_mask(0, 1, 2)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    pi = bridged(nb, tiny, proposal, support, known, 0.4)
+    matrix = tail_matrix(nb, monkeypatch, tiny, proposal, support, known, 1, 0.4, mistake)
     assert (pi @ matrix - pi).abs().max() > 1e-4
 
 
@@ -146,9 +184,28 @@ def test_weights_without_q_are_rejected(nb, tiny, proposal, table, evidence, mon
     assert abs(of_evidence) > 5.5 or of_completions > 5.5
 
 
+def d_from_some_particles_z(nb, tiny, proposal, table, image):
+    """Largest |z| over seeds of D from two of eight particles that resampling left and no move has mixed."""
+    budget = nb.Budget(replicates=8, initial=64, particles=8, sweeps=0, tails=0, ess_fraction=0.2, exact_per_replicate=2)
+    answers = torch.stack([nb.conditional_given_future(tiny, image, (1, 1), budget, seed, proposal).probs
+                           for seed in range(80)])
+    known = known_mask(0, 1, 2, 3, 4)
+    support, posterior, _ = nb.exact_posterior(*table, image, known)
+    exact = torch.zeros(3, dtype=torch.float64).index_add(0, support[:, 1, 1].long(), posterior)
+    return (80**0.5 * (answers.mean(0) - exact) / answers.std(0)).abs().max().item()
+
+
+def test_d_from_some_of_the_particles_is_unbiased(nb, tiny, proposal, table, evidence, monkeypatch):
+    """|z| < 5; the first two slots instead of random ones miss heavy ancestors and are rejected."""
+    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[1]) < 5
+    monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[1]) > 5
+
+
 def backward_z(nb, tiny, table, image, known, starts):
     """z of E[Z * weight] = 1 for backward walks from the images `starts`, with a proposal that has no hint."""
-    path = nb.LearnedPath(tiny, nb.Proposal.starting_from(tiny, (1,)), image, known, nb.Budget(tile=2))
+    budget = nb.Budget(tile=2, tails=0)  # with tails even a wrong start is forgotten at once
+    path = nb.LearnedPath(tiny, nb.Proposal.starting_from(tiny, (1,)), image, known, budget)
     log_evidence = nb.exact_posterior(*table, image, known)[2]
     weights = nb.backward_log_weights(path, starts, [0.2, 0.5, 1.0], torch.Generator().manual_seed(0))
     ratio = (weights + log_evidence).exp()
