@@ -72,5 +72,5 @@ def test_ranks_of_the_truth_are_uniform_at_full_size(nb, model, proposal, kernel
 def test_the_rank_test_at_full_size_rejects_wrong_kernels(nb, model, proposal, monkeypatch):
     monkeypatch.setattr(nb, "log_acceptance", lambda old, *_: torch.zeros(len(old), dtype=torch.float64))
     assert statistic_of(nb, model, proposal, "run") > RANK_BOUND
-    monkeypatch.setattr(nb, "guided_log_acceptance", wrong("no proposal ratio", nb.guided_log_acceptance))
+    monkeypatch.setattr(nb, "guided_log_acceptance", wrong("proposal ratio upside down", nb.guided_log_acceptance))
     assert statistic_of(nb, model, proposal, "block") > RANK_BOUND
