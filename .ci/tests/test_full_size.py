@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from test_kernels import RANK_BOUND
+from test_kernels import RANK_BOUND, rank_statistic
 from test_proposal import wrong
+
+NEAR = 1e-3  # nats, for float32
 
 
 @pytest.fixture(scope="module")
@@ -16,30 +18,6 @@ def proposal(nb, root):
     return nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
 
 
-def rank_statistic(nb, start, evidence, move, seed, length=7):
-    """Chi-square (7 degrees of freedom) of the rank of each true image's evidence term in a chain through it.
-
-    Gandy & Scott 2020; the images are exact draws of the model, each its own evidence. start(): a fresh state;
-    move(state, generator): one step of a reversible kernel.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    values = [evidence(start())]
-    n = len(values[0])
-    before = torch.randint(length + 1, (n,), generator=generator)
-    for half in range(2):
-        state = start()
-        for step in range(length):
-            move(state, generator)
-            lasts = before > step if half == 0 else length - before > step
-            values.append(torch.where(lasts, evidence(state), torch.nan))
-    values = torch.stack(values)
-    noise = torch.rand(values.shape, generator=generator, dtype=torch.float64)  # breaks ties
-    near = 1e-3  # float32: the same image, evaluated in another batch
-    below = (values < values[0] - near) | (((values - values[0]).abs() <= near) & (noise < noise[0]))
-    ranks = torch.bincount(below[1:].sum(0), minlength=length + 1).double()
-    return ((ranks - n / (length + 1)) ** 2 / (n / (length + 1))).sum().item()
-
-
 def statistic_of(nb, model, proposal, kernel, n=96):
     """The rank statistic of the kernels "run" (of the model) and "block" (of the proposal), hidden centre of 8x8."""
     images = nb.sample(model, n, seed=71)
@@ -50,7 +28,8 @@ def statistic_of(nb, model, proposal, kernel, n=96):
         def move(particles, generator):
             first = unknown[int(torch.randint(len(unknown), (1,), generator=generator))]
             nb.regenerate(particles, known, first, first + 4, 1.0, generator)
-        return rank_statistic(nb, lambda: nb.Particles(model, images.clone()), lambda p: p.evidence(known), move, 73)
+        return rank_statistic(lambda: nb.Particles(model, images.clone()), lambda p: p.evidence(known), move, 73,
+                              near=NEAR)
     # At beta = 1 the path's q drops out of the target, so that one guide serves all images.
     guide = proposal.given(images[:1], known[None])
 
@@ -59,8 +38,8 @@ def statistic_of(nb, model, proposal, kernel, n=96):
         block = torch.zeros(28, 28, dtype=torch.bool)
         block[row : row + 4, column : column + 4] = True
         nb.redraw_block(particles, proposal, block, 1.0, generator)
-    return rank_statistic(nb, lambda: nb.Guided(model, guide, images.clone(), known), lambda p: p.evidence(known),
-                          move, 73)
+    return rank_statistic(lambda: nb.Guided(model, guide, images.clone(), known), lambda p: p.evidence(known), move, 73,
+                          near=NEAR)
 
 
 @pytest.mark.parametrize("kernel", ["run", "block"])
