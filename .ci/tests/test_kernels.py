@@ -40,6 +40,14 @@ def matrix_of(nb, support, known, states, forced, proposal, log_ratios):
     return matrix
 
 
+def assert_reversible(matrix, pi):
+    """Rows sum to 1, pi P = pi, and detailed balance, within 1e-12."""
+    flow = pi[:, None] * matrix
+    assert (matrix.sum(1) - 1).abs().max() < 1e-12
+    assert (pi @ matrix - pi).abs().max() < 1e-12
+    assert (flow - flow.T).abs().max() < 1e-12
+
+
 def wrong_acceptance(mistake, right):
     """log_acceptance with one mistake in it."""
     def acceptance(old, new, known, start, stop, beta):
@@ -98,10 +106,7 @@ def test_the_transition_matrix_keeps_its_target(nb, tiny, table, monkeypatch, un
     support = nb.exact_posterior(*table, image, known)[0]
     pi = tempered(nb, tiny, support, known, beta)
     matrix = transition_matrix(nb, monkeypatch, tiny, support, known, start, stop, beta)
-    assert (matrix.sum(1) - 1).abs().max() < 1e-12
-    assert (pi @ matrix - pi).abs().max() < 1e-12
-    flow = pi[:, None] * matrix
-    assert (flow - flow.T).abs().max() < 1e-12  # detailed balance
+    assert_reversible(matrix, pi)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
