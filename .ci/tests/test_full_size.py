@@ -1,4 +1,4 @@
-"""An exact rank test of the moves with the released networks, 28x28 pixels and 256 levels."""
+"""The released networks, 28x28 pixels and 256 levels: two hidden pixels enumerated, and an exact rank test."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from test_kernels import RANK_BOUND, rank_statistic
 from test_proposal import wrong
 
 NEAR = 1e-3  # nats, for float32
+IMAGE, ROW, COLUMN = 5, 26, 11  # two neighbours in the last row of a digit
+BOUND = 7.0  # t with 15 degrees of freedom exceeds it with probability 4e-6
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +18,65 @@ def model(nb, root):
 @pytest.fixture(scope="module")
 def proposal(nb, root):
     return nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
+
+
+@pytest.fixture(scope="module")
+def pair(nb, model, mnist):
+    """(image, mask with two neighbours unknown, log p of all 65,536 pairs of levels given the rest, log p(known)).
+
+    The digit is moved down by three rows, so that only two rows have to be evaluated for each pair.
+    """
+    image = mnist[2][IMAGE].roll(3, 0)
+    known = torch.ones(28, 28, dtype=torch.bool)
+    known[ROW, COLUMN : COLUMN + 2] = False
+    cache = model.new_cache(1)
+    model(image[None, :ROW], cache)
+    cache = [layer.select(torch.zeros(256, dtype=torch.long)) for layer in cache]  # the rows above are all alike
+    images, terms = image.repeat(256, 1, 1), []
+    images[:, ROW, COLUMN + 1] = torch.arange(256)
+    for level in range(256):
+        images[:, ROW, COLUMN] = level
+        log_probs = nb.gather_log_probs(model(images, cache, ROW), images[:, ROW:]).flatten(1)
+        terms.append(log_probs[:, COLUMN:].sum(dim=1))
+    terms = torch.stack(terms)
+    total = terms.flatten().logsumexp(0)
+    before = nb.pixel_log_probs(model, image[None])[0].flatten()[: ROW * 28 + COLUMN].sum()
+    return image, known, terms - total, (before + total).item()
+
+
+def z_of(log_probs, draws):
+    """Largest |z| of three means over draws, uint8 [replicates, n, h, w]: log p of the pair, and its two levels."""
+    probs, levels = log_probs.exp(), torch.arange(256, dtype=torch.float64)
+    one, two = draws[..., ROW, COLUMN].long(), draws[..., ROW, COLUMN + 1].long()
+    means = torch.stack([log_probs[one, two], one.double(), two.double()]).mean(dim=2)
+    exact = torch.stack([(probs * log_probs).sum(), probs.sum(1) @ levels, probs.sum(0) @ levels])
+    spread = means.std(dim=1) / means.shape[1] ** 0.5
+    return ((means.mean(dim=1) - exact) / spread).abs().max().item()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_complete_meets_the_enumeration_of_two_pixels(nb, model, proposal, pair, learned):
+    """All 65,536 pairs: three means and E[Z-hat / Z] = 1, within 7 standard errors between 16 replicates."""
+    image, known, log_probs, log_evidence = pair
+    budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2, ess_fraction=0.8)
+    found = nb.complete(model, image, known, 1, budget, 3, proposal if learned else None).diagnostics
+    ratio = (found["log_evidences"] - log_evidence).exp()
+    assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4
+    assert z_of(log_probs, found["particles"]) < BOUND
+
+
+def test_parallel_tempering_and_gibbs_meet_it_and_forward_gibbs_does_not(nb, model, pair):
+    """Gibbs: a sweep from exact draws must leave exact draws. Forward "Gibbs" misses by more than 7 errors."""
+    image, known, log_probs, _ = pair
+    chains = nb.parallel_tempering(model, image, known, [0.0, 0.2, 1.0], 30, 16, 2, seed=5)[0]
+    assert z_of(log_probs, chains[:, 6:]) < BOUND
+    generator, swept = torch.Generator().manual_seed(1), []
+    for code in torch.multinomial(log_probs.exp().flatten(), 64, True, generator=generator).tolist():
+        start = image.clone()
+        start[ROW, COLUMN], start[ROW, COLUMN + 1] = divmod(code, 256)
+        swept.append(nb.gibbs_sweep(model, start, known, generator))
+    assert z_of(log_probs, torch.stack(swept).view(16, 4, 28, 28)) < BOUND
+    assert z_of(log_probs, nb.sample(model, 256, image=image, known=known, seed=2).view(16, 16, 28, 28)) > BOUND
 
 
 def statistic_of(nb, model, proposal, kernel, n=96):
@@ -31,14 +92,14 @@ def statistic_of(nb, model, proposal, kernel, n=96):
         return rank_statistic(lambda: nb.Particles(model, images.clone()), lambda p: p.evidence(known), move, 73,
                               near=NEAR)
     # At beta = 1 the path's q drops out of the target, so that one guide serves all images.
-    guide = proposal.given(images[:1], known[None])
+    guide = proposal.given(model, images[:1], known[None])
 
     def move(particles, generator):
         row, column = torch.randint(10, 15, (2,), generator=generator).tolist()
         block = torch.zeros(28, 28, dtype=torch.bool)
         block[row : row + 4, column : column + 4] = True
         nb.redraw_block(particles, proposal, block, 1.0, generator)
-    return rank_statistic(lambda: nb.Guided(model, guide, images.clone(), known), lambda p: p.evidence(known), move, 73,
+    return rank_statistic(lambda: nb.Guided(guide, images, known), lambda p: p.evidence(known), move, 73,
                           near=NEAR)
 
 
