@@ -192,11 +192,11 @@ def d_from_some_particles_z(nb, tiny, proposal, table, image):
     budget = nb.Budget(replicates=8, initial=64, particles=16, sweeps=0, tails=0, ess_fraction=0.3,
                        exact_per_replicate=2)
     answers = torch.stack([nb.conditional_given_future(tiny, image, (1, 1), budget, seed, proposal).probs
-                           for seed in range(80)])
+                           for seed in range(160)])
     known = known_mask(0, 1, 2, 3, 4)
     support, posterior, _ = nb.exact_posterior(*table, image, known)
     exact = torch.zeros(3, dtype=torch.float64).index_add(0, support[:, 1, 1].long(), posterior)
-    return (80**0.5 * (answers.mean(0) - exact) / answers.std(0)).abs().max().item()
+    return (160**0.5 * (answers.mean(0) - exact) / answers.std(0)).abs().max().item()
 
 
 def test_d_from_some_of_the_particles_is_unbiased(nb, tiny, proposal, table, evidence, monkeypatch):
