@@ -110,49 +110,32 @@ def bridged(nb, model, proposal, support, known, beta):
     return torch.softmax((1 - beta) * log_q + beta * nb.log_prob(model, support), dim=0)
 
 
-BLOCKS = [((0, 1, 2), (1,)), ((0, 1, 2), (0, 2)), ((0, 1, 4), (0, 1, 4)), ((1, 4, 8), (4, 8)), ((3, 4, 6), (6,))]
+MOVES = [(block_matrix, unknown, ~known_mask(*redrawn)) for unknown, redrawn in (
+    ((0, 1, 2), (1,)), ((0, 1, 2), (0, 2)), ((0, 1, 4), (0, 1, 4)), ((1, 4, 8), (4, 8)), ((3, 4, 6), (6,)))]
+MOVES += [(tail_matrix, unknown, start) for unknown, start in (
+    ((0, 1, 2), 0), ((0, 1, 2), 1), ((0, 1, 4), 1), ((1, 5, 6), 5), ((3, 4, 8), 3))]
 
 
-@pytest.mark.parametrize("beta", [0.4, 1.0])
-@pytest.mark.parametrize("unknown, redrawn", BLOCKS)
-def test_redrawing_a_block_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, unknown, redrawn, beta):
-    """Rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
-    known, block = known_mask(*unknown), ~known_mask(*redrawn)
-    support = nb.exact_posterior(*table, evidence[1], known)[0]
-    pi = bridged(nb, tiny, proposal, support, known, beta)
-    matrix = block_matrix(nb, monkeypatch, tiny, proposal, support, known, block, beta)
-    assert_reversible(matrix, pi)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_acceptance_does_not(nb, tiny, proposal, table, evidence, monkeypatch, mistake):
-    known, block = known_mask(0, 1, 2), ~known_mask(0, 2)
-    support = nb.exact_posterior(*table, evidence[1], known)[0]
-    pi = bridged(nb, tiny, proposal, support, known, 0.4)
-    matrix = block_matrix(nb, monkeypatch, tiny, proposal, support, known, block, 0.4, mistake)
-    assert (pi @ matrix - pi).abs().max() > 1e-4
-
-
-TAILS = [((0, 1, 2), 0), ((0, 1, 2), 1), ((0, 1, 4), 1), ((1, 5, 6), 5), ((3, 4, 8), 3)]
-
-
-@pytest.mark.parametrize("beta", [0.4, 1.0])
-@pytest.mark.parametrize("unknown, start", TAILS)
-def test_redrawing_a_tail_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, unknown, start, beta):
-    """Rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
+def matrix_and_target(nb, monkeypatch, tiny, proposal, table, image, move, beta, mistake=None):
+    """(P[x, x'] of one of MOVES, its target) on the completions of the image's known pixels."""
+    matrix, unknown, where = move
     known = known_mask(*unknown)
-    support = nb.exact_posterior(*table, evidence[1], known)[0]
-    pi = bridged(nb, tiny, proposal, support, known, beta)
-    matrix = tail_matrix(nb, monkeypatch, tiny, proposal, support, known, start, beta)
-    assert_reversible(matrix, pi)
+    support = nb.exact_posterior(*table, image, known)[0]
+    return (matrix(nb, monkeypatch, tiny, proposal, support, known, where, beta, mistake),
+            bridged(nb, tiny, proposal, support, known, beta))
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.0])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_move_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, move, beta):
+    """Blocks and tails: rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
+    assert_reversible(*matrix_and_target(nb, monkeypatch, tiny, proposal, table, evidence[1], move, beta))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_acceptance_of_a_tail_does_not(nb, tiny, proposal, table, evidence, monkeypatch, mistake):
-    known = known_mask(0, 1, 2)
-    support = nb.exact_posterior(*table, evidence[1], known)[0]
-    pi = bridged(nb, tiny, proposal, support, known, 0.4)
-    matrix = tail_matrix(nb, monkeypatch, tiny, proposal, support, known, 1, 0.4, mistake)
+@pytest.mark.parametrize("move", [MOVES[1], MOVES[6]])
+def test_a_wrong_acceptance_does_not(nb, tiny, proposal, table, evidence, monkeypatch, move, mistake):
+    matrix, pi = matrix_and_target(nb, monkeypatch, tiny, proposal, table, evidence[1], move, 0.4, mistake)
     assert (pi @ matrix - pi).abs().max() > 1e-4
 
 
