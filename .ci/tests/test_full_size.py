@@ -118,6 +118,6 @@ def test_ranks_of_the_truth_are_uniform_at_full_size(nb, model, proposal, kernel
 def test_the_rank_test_at_full_size_rejects_kernels_that_accept_everything(nb, model, proposal, monkeypatch):
     """(96 images are too few to see a block's proposal ratio forgotten or upside down; the 3x3 matrices show those.)"""
     monkeypatch.setattr(nb, "log_acceptance", lambda old, *_: torch.zeros(len(old), dtype=torch.float64))
-    assert statistic_of(nb, model, proposal, "run") > RANK_BOUND
+    assert statistic_of(nb, model, proposal, "run", 192) > RANK_BOUND  # with 96, one seed in nine was short of it
     monkeypatch.setattr(nb, "guided_log_acceptance", lambda beta, gain_p, *_: torch.zeros_like(gain_p))
     assert statistic_of(nb, model, proposal, "block") > RANK_BOUND
