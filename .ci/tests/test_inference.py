@@ -10,12 +10,7 @@ import arviz
 import numpy as np
 import pytest
 import torch
-
-
-def known_mask(*unknown):
-    known = torch.ones(3, 3, dtype=torch.bool)
-    known.view(-1)[list(unknown)] = False
-    return known
+from test_kernels import known_mask
 
 
 def exact_pixel(nb, table, image, known, pixel):
