@@ -7,9 +7,12 @@ import types
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "agg")
 ROOT = Path(__file__).resolve().parents[2]
+settings.register_profile("repeatable", derandomize=True)  # the same examples in each run
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
