@@ -171,17 +171,18 @@ def test_the_rank_test_rejects_wrong_kernels(nb, tiny, monkeypatch, mistake):
     assert rank_statistic_of_sites(nb, tiny, known_mask(0, 1, 2), seed=21, n=16_000) > RANK_BOUND
 
 
-def test_intervals_cover(nb, tiny, table):
-    """95 % intervals (t with 19 degrees) of log p(known) for 80 images: 66 to 80 must cover.
+@pytest.mark.parametrize("replicates, t", [(20, 2.09), (4, 3.18)])
+def test_intervals_cover(nb, tiny, table, replicates, t):
+    """95 % intervals (t with replicates - 1 degrees) of log p(known) for 80 images: 66 to 80 must cover.
 
-    Detects a true coverage below 0.66 in all but one of a thousand cases; the control's intervals are 0.35 times as wide.
+    Detects a true coverage below 0.66 in all but one of a thousand cases; the control's intervals are 0.3 times as wide.
     """
     known, covered, narrow = known_mask(0, 1, 4), 0, 0
     for seed in range(80):
         image = nb.sample(tiny, 1, seed=1000 + seed)[0]
-        completion = nb.complete(tiny, image, known, 1, nb.Budget(20, 60, 30), seed=seed)
+        completion = nb.complete(tiny, image, known, 1, nb.Budget(replicates, 60, 30), seed=seed)
         share = torch.softmax(completion.diagnostics["log_evidences"], 0)
-        stderr = (20 * share).std().item() / math.sqrt(20)
+        stderr = (replicates * share).std().item() / math.sqrt(replicates)
         off = abs(completion.log_evidence - nb.exact_posterior(*table, image, known)[2])
-        covered, narrow = covered + (off < 2.09 * stderr), narrow + (off < 0.35 * 2.09 * stderr)
+        covered, narrow = covered + (off < t * stderr), narrow + (off < 0.3 * t * stderr)
     assert covered >= 66 > narrow
