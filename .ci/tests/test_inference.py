@@ -21,12 +21,12 @@ def exact_pixel(nb, table, image, known, pixel):
 
 def test_e_equals_the_table_at_every_pixel(nb, tiny, table, evidence):
     for image in evidence:
+        log_probs = nb.pixel_log_probs(tiny, image[None])[0].flatten()
         for pixel in range(9):
             answer = nb.conditional_given_rest(tiny, image, divmod(pixel, 3))
             assert (answer - exact_pixel(nb, table, image, known_mask(pixel), pixel)).abs().max() < 1e-10
             # log p(known): the factors before the pixel, and the sum over its levels of all from it on.
-            before = nb.pixel_log_probs(tiny, image[None])[0].flatten()[:pixel].sum()
-            log_z = before + nb.log_joint_of_levels(tiny, image, divmod(pixel, 3)).logsumexp(0)
+            log_z = log_probs[:pixel].sum() + nb.log_joint_of_levels(tiny, image, divmod(pixel, 3)).logsumexp(0)
             assert abs(log_z - nb.exact_posterior(*table, image, known_mask(pixel))[2]) < 1e-10
 
 
