@@ -128,6 +128,9 @@ def test_the_previous_checkpoint_is_used_when_the_last_is_damaged(nb, config, im
     said = capsys.readouterr().out
     assert "model.pt: SHA-256" in said and "model.previous.pt" in said
     assert all(torch.equal(first[key], value) for key, value in model.state_dict().items())
+    nb.save_checkpoint(model, [], path)  # the damaged file must not take the place of the previous one
+    previous = weights_of(nb, path.with_suffix(".previous.pt"))
+    assert all(torch.equal(first[key], value) for key, value in previous.items())
 
 
 @pytest.mark.parametrize("change", [dict(channels=0), dict(levels=1), dict(height=2.5), dict(dilations=(1, 0)),

@@ -87,6 +87,11 @@ def test_devices(nb):
         nb.pick_device("mps")
 
 
+def test_fewer_images_than_a_batch_are_refused(nb, config, images, tmp_path):
+    with pytest.raises(ValueError, match="images: expected at least one batch of .*, got 3"):
+        nb.train(config, images[:3], images[:3], path=tmp_path / "model.pt", device="cpu")
+
+
 def test_training_stops_when_the_loss_is_no_longer_a_number(nb, config, images, tmp_path):
     with pytest.raises(FloatingPointError, match="step"):
         nb.train(replace(config, learning_rate=1e30, matrix_learning_rate=1e30), images, images[:20], path=tmp_path / "m.pt",
