@@ -15,6 +15,10 @@ settings.register_profile("repeatable", derandomize=True)  # the same examples i
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: the whole notebook, networks at full size, thousands of repeats")
+
+
 @pytest.fixture(scope="session")
 def root():
     return ROOT

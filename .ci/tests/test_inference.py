@@ -10,6 +10,7 @@ import arviz
 import numpy as np
 import pytest
 import torch
+from bounds import MANY, chi_square_bound, t_bound
 from test_kernels import known_mask
 
 
@@ -50,16 +51,16 @@ def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
     """Detects a bias of 5 standard errors at n = 4000; the control uses prefixes that are not the model's."""
     exact = exact_pixel(nb, table, evidence[0], torch.zeros(3, 3, dtype=torch.bool), 4)
     estimate = nb.marginal(tiny, (1, 1), n=4000, seed=1)
-    assert ((estimate.probs - exact).abs() < 5 * estimate.stderr).all()
+    assert ((estimate.probs - exact).abs() < MANY * estimate.stderr).all()
     uniform = torch.randint(0, 3, (4000, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     wrong = nb.predictive(tiny, uniform, (1, 1))
-    assert ((wrong.mean(0) - exact).abs() > 5 * wrong.std(0) / 4000 ** 0.5).any()
+    assert ((wrong.mean(0) - exact).abs() > MANY * wrong.std(0) / 4000 ** 0.5).any()
 
 
 def test_counting_is_unbiased_and_noisier_than_rao_blackwell(nb, tiny):
     estimate = nb.marginal(tiny, (1, 1), n=4000, seed=1)
     counted, stderr = nb.counting_estimate(estimate.diagnostics["conditionals"], seed=2)
-    assert ((counted - estimate.probs).abs() < 5 * stderr).all()
+    assert ((counted - estimate.probs).abs() < MANY * stderr).all()
     assert (estimate.stderr < stderr).all()
 
 
@@ -81,10 +82,6 @@ def chi_square_after(nb, tiny, table, image, known, kernel, beta=1.0, n=20_000):
     return ((counts - expected)[often] ** 2 / expected[often]).sum().item(), int(often.sum())
 
 
-def bound(freedom):
-    return freedom + 6 * (2 * freedom) ** 0.5 + 6
-
-
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 @pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 3, 4), (1, 5, 6, 8)])
 def test_every_kernel_leaves_its_target_invariant(nb, tiny, table, evidence, unknown, beta):
@@ -99,7 +96,7 @@ def test_every_kernel_leaves_its_target_invariant(nb, tiny, table, evidence, unk
                    lambda p, g: nb.regenerate(p, known, unknown[1] - 1, last, beta, g),
                    lambda p, g: nb.redraw_tails(p, known, beta, 3, g)):
         statistic, freedom = chi_square_after(nb, tiny, table, image, known, kernel, beta)
-        assert statistic < bound(freedom)
+        assert statistic < chi_square_bound(freedom)
 
 
 MISTAKES = ["forward Gibbs", "later unknowns dropped", "proposal counted twice", "beta on the unknowns",
@@ -127,14 +124,14 @@ def test_invariance_rejects_wrong_kernels(nb, tiny, table, evidence, mistake, mo
         nb.regenerate(particles, known, 0, 4, beta, generator)
         nb.sweep(particles, known, beta, 1, generator)
 
-    assert (lambda s, f: s < bound(f))(*chi_square_after(nb, tiny, table, evidence[1], known, kernel, beta))
+    assert (lambda s, f: s < chi_square_bound(f))(*chi_square_after(nb, tiny, table, evidence[1], known, kernel, beta))
     monkeypatch.setattr(nb, "log_acceptance", wrong)
     statistic, freedom = chi_square_after(nb, tiny, table, evidence[1], known, kernel, beta)
-    assert statistic > bound(freedom)
+    assert statistic > chi_square_bound(freedom)
 
 
 def test_sweeps_move_from_one_image_to_the_whole_posterior(nb, tiny, table, evidence):
-    """A kernel that rejects too much is invariant too; this one must forget its start."""
+    """A kernel that rejects too much is invariant too; this one must forget its start. Detects 4 to 5 % that have not."""
     known, image = known_mask(0, 1, 2), evidence[1]
     support, posterior, _ = nb.exact_posterior(*table, image, known)
     particles = nb.Particles(tiny, support[posterior.argmin()].expand(4000, -1, -1).clone())
@@ -145,31 +142,32 @@ def test_sweeps_move_from_one_image_to_the_whole_posterior(nb, tiny, table, evid
     expected[nb.completion_codes(support, known, 3)] = 4000 * posterior
     counts = torch.bincount(nb.completion_codes(particles.images, known, 3), minlength=27)
     often = expected > 5
-    assert ((counts - expected)[often] ** 2 / expected[often]).sum() < bound(int(often.sum()))
+    assert ((counts - expected)[often] ** 2 / expected[often]).sum() < chi_square_bound(int(often.sum()))
 
 
 def test_the_forward_gibbs_is_rejected_and_the_tempered_sampler_is_not(nb, tiny, table, evidence):
-    """|z| < 5.5 between 20 replicates (false alarm 3e-5 each) for five completions and E[Z-hat / Z] = 1."""
+    """Five completions and E[Z-hat / Z] = 1: detects 7.4 standard errors of 20 replicates, about 0.02 and 4 %."""
     budget = nb.Budget(replicates=20, initial=300, particles=300, sweeps=2, ess_fraction=0.9)
     case = tiny, evidence[4], known_mask(0, 1, 2)
     result = nb.sampler_against_table(*case, nb.exact_posterior(*table, *case[1:]), budget, seed=1)
     common = result["table"] > 0.01
-    assert common.sum() == 5 and result["z"][common].abs().max() < 5.5
-    assert abs(result["evidence_ratio"] - 1) < 5.5 * result["evidence_stderr"]
+    assert common.sum() == 5 and result["z"][common].abs().max() < t_bound(20)
+    assert abs(result["evidence_ratio"] - 1) < t_bound(20) * result["evidence_stderr"]
     expected = 20_000 * result["table"][common]
     wrong = nb.forward_gibbs_frequencies(*case, 27, 20_000, seed=1)
     assert ((20_000 * wrong[common] - expected) ** 2 / expected).sum() > 1000
 
 
 def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
+    """Detects 7.4 standard errors of 20 replicates; the control is C, which knows the other side."""
     known = torch.arange(9).view(3, 3) > 4
     exact = exact_pixel(nb, table, evidence[1], known, 4)
-    budget = nb.Budget(replicates=10, initial=80, particles=40, exact_per_replicate=40)
+    budget = nb.Budget(replicates=20, initial=80, particles=40, exact_per_replicate=40)
     estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), budget, seed=2)
     assert estimate.status == "estimated"
-    assert ((estimate.probs - exact).abs() < 7 * estimate.stderr + 1e-6).all()  # t with 9 degrees
+    assert ((estimate.probs - exact).abs() < t_bound(20) * estimate.stderr + 1e-6).all()
     past = nb.conditional_given_past(tiny, evidence[1], (1, 1))  # negative control
-    assert ((past - exact).abs() > 7 * estimate.stderr + 1e-6).any()
+    assert ((past - exact).abs() > t_bound(20) * estimate.stderr + 1e-6).any()
 
 
 def test_draws_and_evidence_of_complete_agree_with_the_table(nb, tiny, table, evidence):
@@ -180,7 +178,7 @@ def test_draws_and_evidence_of_complete_agree_with_the_table(nb, tiny, table, ev
     expected[nb.completion_codes(support, known, 3)] = posterior
     completion = nb.complete(tiny, evidence[1], known, 3000, nb.Budget(20, 300, 300, 2, 0.95), seed=3)
     assert completion.status == "converged" and len(completion.diagnostics["path"]) >= 2
-    assert abs(completion.log_evidence - exact) < 6 * completion.log_evidence_stderr
+    assert abs(completion.log_evidence - exact) < t_bound(20) * completion.log_evidence_stderr
 
     def distance(draws):
         counts = torch.bincount(nb.completion_codes(draws, known, 3), minlength=27)
@@ -213,17 +211,17 @@ def test_rhat_and_next_beta(nb):
 
 
 def test_one_hidden_pixel_of_a_larger_model(nb):
-    """12x12 pixels, 16 levels, float32, all dilations: the sampler against the exact answer."""
+    """12x12 pixels, 16 levels, float32, all dilations: log Z within 8.4 standard errors of the exact one."""
     torch.manual_seed(3)
     model = nb.PixelCNN(nb.Config(height=12, width=12, levels=16, channels=32, bottleneck=16))
     with torch.no_grad():
         model.head.weight.mul_(8)
     model.eval().requires_grad_(False)
     image = nb.sample(model, 1, seed=2)[0]
-    budget = nb.Budget(replicates=8, initial=100, particles=100, sweeps=2)
+    budget = nb.Budget(replicates=16, initial=100, particles=100, sweeps=2)
     exact, completion, distance, floor = nb.one_pixel_check(model, image, (5, 6), budget)
     assert completion.status == "converged"
-    assert abs(completion.log_evidence - exact) < 7 * completion.log_evidence_stderr + 1e-3
+    assert abs(completion.log_evidence - exact) < t_bound(16) * completion.log_evidence_stderr + 1e-3
     assert distance < 2 * floor + 0.03
 
 
@@ -313,4 +311,4 @@ def test_the_floor_of_total_variation_is_exact(nb):
         drawn = rng.multinomial(256, probs, size=20_000) / 256
         distances = 0.5 * np.abs(drawn - probs).sum(axis=1)
         error = distances.std() / 20_000 ** 0.5
-        assert abs(nb.total_variation_floor(torch.tensor(probs).double(), 256) - distances.mean()) < 5 * error
+        assert abs(nb.total_variation_floor(torch.tensor(probs).double(), 256) - distances.mean()) < MANY * error

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bounds import chi_square_bound
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +132,11 @@ def test_sample_follows_the_model(nb, tiny, table):
     often = expected > 5
     statistic = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
     freedom = int(often.sum())
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    assert statistic < chi_square_bound(freedom)
     flat = nb.sample(tiny, n, seed=11, batch_size=5000, temperature=1.5)  # negative control
     codes = (flat.flatten(1).long() * 3 ** torch.arange(9)).sum(1)
     wrong = torch.bincount(codes, minlength=len(images))
-    assert ((wrong - expected)[often] ** 2 / expected[often]).sum() > freedom + 5 * (2 * freedom) ** 0.5
+    assert ((wrong - expected)[often] ** 2 / expected[often]).sum() > chi_square_bound(freedom)
 
 
 @pytest.mark.parametrize("images, word", [
@@ -153,6 +154,10 @@ def test_bad_arguments_of_sample_are_refused_by_name(nb, model):
         nb.sample(model, 1, image=image)
     with pytest.raises(ValueError, match="known: .*uint8"):
         nb.sample(model, 1, image=image, known=known.byte())
+    with pytest.raises(ValueError, match="image: expected one or 3, got 2"):
+        nb.sample(model, 3, image=image.expand(2, 28, 28), known=known)
+    with pytest.raises(ValueError, match="known: expected one or 3, got 2"):
+        nb.sample(model, 3, image=image, known=known.expand(2, 28, 28))
     with pytest.raises(ValueError, match="temperature"):
         nb.sample(model, 1, temperature=0)
     with pytest.raises(ValueError, match="stop"):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from bounds import t_bound
 from test_kernels import assert_reversible, forced_ratios, known_mask, matrix_of
 
 
@@ -156,9 +157,9 @@ def ratio_z(nb, tiny, proposal, table, image, known, seed):
 
 @pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 1, 4)])
 def test_a_meaningless_proposal_still_gives_the_right_answer(nb, tiny, proposal, table, evidence, unknown):
-    """|z| < 5.5 (false alarm < 1e-4 with t of 39 degrees, a dozen looks): an error of a few per cent in Z shows."""
+    """Detects 6 standard errors of 40 replicates: a few per cent in Z."""
     of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(*unknown), seed=1)
-    assert abs(of_evidence) < 5.5 and of_completions < 5.5
+    assert abs(of_evidence) < t_bound(40) and of_completions < t_bound(40)
 
 
 def test_weights_without_q_are_rejected(nb, tiny, proposal, table, evidence, monkeypatch):
@@ -167,7 +168,7 @@ def test_weights_without_q_are_rejected(nb, tiny, proposal, table, evidence, mon
     monkeypatch.setattr(nb.LearnedPath, "log_factor", lambda path, images: right(path, images) + (
         nb.pixel_log_probs(path.guide, images)[:, ~path.known].sum(dim=1)))
     of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(0, 1, 2), seed=1)
-    assert abs(of_evidence) > 5.5 or of_completions > 5.5
+    assert abs(of_evidence) > t_bound(40) or of_completions > t_bound(40)
 
 
 def d_from_some_particles_z(nb, tiny, proposal, table, image):
@@ -183,10 +184,10 @@ def d_from_some_particles_z(nb, tiny, proposal, table, image):
 
 
 def test_d_from_some_of_the_particles_is_unbiased(nb, tiny, proposal, table, evidence, monkeypatch):
-    """|z| < 5; the first two slots instead of random ones miss heavy ancestors and are rejected."""
-    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) < 5
+    """|z| < 5.2; the first two slots instead of random ones miss heavy ancestors and are rejected."""
+    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) < t_bound(160)
     monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
-    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) > 5
+    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) > t_bound(160)
 
 
 def backward_z(nb, tiny, table, image, known, starts):
@@ -200,13 +201,13 @@ def backward_z(nb, tiny, table, image, known, starts):
 
 
 def test_backward_walks_from_exact_draws_estimate_one_over_z(nb, tiny, table, evidence):
-    """|z| < 4.5 for 4,000 walks; from draws of the prior instead of the posterior it is rejected."""
+    """|z| < 5.0 for 4,000 walks; from draws of the prior instead of the posterior it is rejected."""
     known = known_mask(0, 1, 2)
     support, posterior, _ = nb.exact_posterior(*table, evidence[2], known)
     exact = support[torch.multinomial(posterior, 4000, True, generator=torch.Generator().manual_seed(1))]
-    assert abs(backward_z(nb, tiny, table, evidence[2], known, exact)) < 4.5
+    assert abs(backward_z(nb, tiny, table, evidence[2], known, exact)) < t_bound(4000)
     prior = nb.sample(tiny, 4000, image=evidence[2], known=known, seed=3)
-    assert abs(backward_z(nb, tiny, table, evidence[2], known, prior)) > 4.5
+    assert abs(backward_z(nb, tiny, table, evidence[2], known, prior)) > t_bound(4000)
 
 
 def test_tiles_share_out_the_unknown_pixels(nb):
@@ -258,12 +259,13 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
         nb.load_checkpoint(path, "cpu")
 
 
+@pytest.mark.slow
 def test_one_hidden_pixel_at_full_size(nb, root, mnist):
-    """The released networks, 28x28 and 256 levels in float32: log Z within 5 standard errors of E's (and 0.1 nats)."""
+    """The released networks, 28x28 and 256 levels in float32: log Z within 8.4 standard errors (or 0.05 nats) of E's."""
     model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
     proposal = nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
-    budget = nb.Budget(replicates=8, initial=32, particles=16)
+    budget = nb.Budget(replicates=16, initial=16, particles=8)
     exact, completion, distance, floor = nb.one_pixel_check(model, mnist[2][3], (14, 14), budget, proposal=proposal)
-    log_z = completion.diagnostics["log_evidences"]
-    assert abs(completion.log_evidence - exact) < max(0.1, 5 * log_z.std().item() / math.sqrt(8))
+    stderr = nb.log_mean(completion.diagnostics["log_evidences"])[1]
+    assert abs(completion.log_evidence - exact) < max(0.05, t_bound(16) * stderr)
     assert distance < 2 * floor + 0.05

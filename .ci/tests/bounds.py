@@ -1,0 +1,21 @@
+"""What the statistical tests may differ by: one comparison in two million exceeds its bound by chance.
+
+The suite makes about 120 such comparisons. So a correct program fails any of them with probability below 1e-4, as far as
+the statistics follow t and chi-square: means of skewed weights and small counts do so roughly.
+"""
+
+from scipy import stats
+
+FALSE_ALARM = 5e-7
+
+
+def t_bound(n):
+    """Of |mean - truth| in standard errors, both from n independent values (5.0 for large n)."""
+    return stats.t.isf(FALSE_ALARM / 2, n - 1)
+
+
+def chi_square_bound(freedom):
+    return stats.chi2.isf(FALSE_ALARM, freedom)
+
+
+MANY = t_bound(10**9)
