@@ -1,7 +1,5 @@
 """The kernels' transition matrices, an exact rank test, and the coverage of intervals, on the 3x3 model."""
 
-import math
-
 import pytest
 import torch
 from bounds import chi_square_bound

@@ -1,7 +1,6 @@
 """The learned proposal: it never reads what it must not, and whatever it says, the answers are the table's."""
 
 import copy
-import math
 from dataclasses import replace
 from functools import partial
 
