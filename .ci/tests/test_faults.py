@@ -336,7 +336,7 @@ def test_a_batch_too_large_for_the_gpu_is_halved_with_the_same_draws(nb, tiny, m
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="single image"):
-        nb.in_batches(never, torch.arange(4), 4)
+        list(nb.in_batches(never, 4, 4))
 
 
 def test_one_seed_one_result(nb, tiny):

@@ -8,6 +8,7 @@ import shutil
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbconvert import HTMLExporter
 
 pytestmark = pytest.mark.slow
 
@@ -74,11 +75,14 @@ def test_checkpoints_are_written_and_loaded_again(executed, nb):
     assert nb.load_checkpoint(folder / "checkpoints" / "fast_small.pt", "cpu").config.images_seen == 512
 
 
-def test_figures_have_alt_text(executed):
+def test_figures_have_alt_text_also_as_html(executed):
     notebook, _ = executed
     pictures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
                 and o.output_type == "display_data" and "alt" in str(o.metadata)]
     assert len(pictures) >= 20
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    alts = set(re.findall(r'<img [^>]*alt="([^"]+)"', page))
+    assert len(alts) >= 20 and "No description has been provided for this image" not in alts
 
 
 def test_every_number_in_the_readme_is_in_the_results(root):

@@ -1,0 +1,91 @@
+"""Kernel launches and FLOPs of the released networks at full size, counted on a pretended card, and what they mean.
+
+usage: python .ci/gpu_drill/counts.py
+A launch costs about 8 microseconds and a view 2; arithmetic runs at a tenth of the peak on a T4, a third on an A100.
+The larger of the two sums is the estimate: good to a factor of two, no better. No card was used.
+"""
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import cudasim
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("MPLBACKEND", "agg")
+torch.set_num_threads(1)
+nb = types.ModuleType("pixelcnn_notebook")
+sys.modules[nb.__name__] = nb
+for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
+    if "define" in cell["metadata"].get("tags", []):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), nb.__dict__)
+cudasim.pretend()
+SIM = cudasim.Sim()
+SIM.__enter__()
+FLOPS = {"T4": (8.1e12 / 10, 65e12 / 10), "A100": (19.5e12 / 3, 312e12 / 3)}  # float32, half precision
+
+
+def counted(function):
+    """(launches, views) of a call on the pretended card."""
+    before = SIM.ops.copy()
+    function()
+    ops = SIM.ops - before
+    views = sum(count for name, count in ops.items() if name in cudasim.VIEWS)
+    return sum(ops.values()) - views, views
+
+
+def estimate(launches, views, flops, half=0):
+    """Seconds on each card."""
+    waiting = 8e-6 * launches + 2e-6 * views
+    return {card: max(waiting, flops / rates[half]) for card, rates in FLOPS.items()}
+
+
+def line(what, launches, views, flops, half=0):
+    seconds = estimate(launches, views, flops, half)
+    print(f"{what:<58}{launches:>12,}{views:>12,}{flops / 1e9:>12,.0f}"
+          + "".join(f"{seconds[card]:>10.3g}" for card in FLOPS), flush=True)
+    return seconds
+
+
+image = nb.load_mnist(ROOT / "data")[2][0]
+model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", "cuda")
+proposal = nb.load_checkpoint(ROOT / "checkpoints" / "small_proposal.pt", "cuda", nb.Proposal)
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    nb.PixelCNN(model.config)(image[None])
+one_pass = counter.get_total_flops()
+print(f"{'':<58}{'launches':>12}{'views':>12}{'GFLOP':>12}{'T4, s':>10}{'A100, s':>10}")
+
+launches, views = counted(lambda: nb.sample(model, 1, stop=(3, 0)))
+more = counted(lambda: nb.sample(model, 1, stop=(5, 0)))
+step = [(b - a) / 56 for a, b in zip((launches, views), more)]
+line("a pixel step of `sample`, row's work included", *(round(x) for x in step), one_pass / 784)
+line("256 samples", *(round(784 * x) for x in step), 256 * one_pass)
+
+run = nb.TrainingRun(nb.Config(), torch.device("cuda"))
+batch = nb.load_mnist(ROOT / "data")[0][: run.config.batch_size].cuda()
+once = counted(lambda: run.update(batch))
+steps = run.steps
+line(f"a training step, batch {run.config.batch_size}", *once, 3 * one_pass * run.config.batch_size, 1)
+line("training the model", *(steps * x for x in once), 3 * one_pass * run.config.images_seen, 1)
+
+half, few = torch.arange(784).view(28, 28) >= 392, nb.Budget(replicates=4, initial=4, particles=2, tails=1)
+path = nb.LearnedPath(model, proposal, image.cuda(), half.cuda(), few)
+particles = path.start(path.draw(2, 0))
+generator = torch.Generator().manual_seed(0)
+block = torch.zeros(28, 28, dtype=torch.bool)
+block[7:14, 7:14] = True
+line("one block move (7x7), 64 particles", *counted(lambda: nb.redraw_block(
+    particles, proposal, block.cuda(), 0.5, generator)), 64 * one_pass * 4)
+tail = counted(lambda: nb.redraw_tail(particles, 0, 0.5, generator))
+line("a tail from the first pixel, 64 particles", *tail, 64 * one_pass * 3)
+temperature = [a + 5 * b / 2 for a, b in zip(counted(lambda: path.move(particles, 0.5, generator)), tail)]
+draw = counted(lambda: path.draw(2, 0))
+line("a temperature of G: a sweep of blocks and six tails", *(round(x) for x in temperature), 64 * one_pass * (4 * 13 + 9))
+for temperatures in (8,):
+    whole = [5 * d + 1.5 * temperatures * t for d, t in zip(draw, temperature)]  # the pilot run moves a fourth
+    line(f"G, one digit: draws, a pilot and {temperatures} temperatures", *(round(x) for x in whole),
+         1280 * 2 * one_pass + 1.25 * temperatures * 64 * one_pass * (4 * 13 + 9))

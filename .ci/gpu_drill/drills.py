@@ -1,0 +1,236 @@
+"""What a card refuses and a CPU forgives, function by function, on a pretended CUDA device (cudasim.py).
+
+usage: python .ci/gpu_drill/drills.py [--bf16]
+Each drill runs a public function on a 6x6 model that is "on cuda", with images and masks on the CPU or on the card,
+and compares the answer with the same call on the CPU. Prints a line each; exits 1 if one failed.
+"""
+import copy
+import json
+import os
+import sys
+import tempfile
+import traceback
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import cudasim
+import torch
+
+BF16 = "--bf16" in sys.argv
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("MPLBACKEND", "agg")
+torch.set_num_threads(1)
+cudasim.pretend("A100 (pretended)" if BF16 else "Tesla T4 (pretended)", BF16)
+nb = types.ModuleType("pixelcnn_notebook")
+sys.modules[nb.__name__] = nb
+for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
+    if "define" in cell["metadata"].get("tags", []):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), nb.__dict__)
+
+CONFIG = nb.Config(height=6, width=6, levels=4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4,
+                   images_seen=640, batch_size=16, validate_every=10)
+torch.manual_seed(0)
+MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
+for parameter in MODEL.parameters():
+    parameter.add_(0.2 * torch.randn_like(parameter))
+PROPOSAL = nb.Proposal.starting_from(MODEL, (1, 2))
+for parameter in PROPOSAL.encoder.parameters():
+    parameter.add_(0.1 * torch.randn_like(parameter))
+IMAGES = nb.sample(MODEL, 40, seed=1)
+KNOWN = torch.arange(36).view(6, 6) >= 18
+BUDGET = nb.Budget(replicates=4, initial=16, particles=8, tile=3, tails=2)
+CUDA = torch.device("cuda", 0)
+
+
+def on_card(module):
+    return copy.deepcopy(module).to(CUDA)
+
+
+def same(found, wanted, tolerance=1e-5):
+    found, wanted = torch.as_tensor(found).cpu().double(), torch.as_tensor(wanted).cpu().double()
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    assert torch.allclose(found, wanted, rtol=0, atol=tolerance, equal_nan=True), (
+        f"differs from the CPU by {(found - wanted).abs().max():.3g}")
+
+
+def numbers(answer):
+    """The numbers of an Estimate, a Completion, a tuple or a tensor, in a list."""
+    if isinstance(answer, nb.Estimate):
+        return [answer.probs, *([] if answer.stderr is None else [answer.stderr])]
+    if isinstance(answer, nb.Completion):
+        return [answer.draws, torch.tensor(answer.log_evidence), answer.diagnostics.get("log_evidences", torch.zeros(0))]
+    if isinstance(answer, (tuple, list)):
+        return [number for part in answer for number in numbers(part)]
+    return [answer] if isinstance(answer, (torch.Tensor, float, int)) else []
+
+
+def compare(function):
+    """function(model, proposal, to) on the CPU, and on the card with the images on the CPU and on the card."""
+    wanted = numbers(function(MODEL, PROPOSAL, lambda x: x))
+    assert wanted
+    for to in (lambda x: x, lambda x: x.to(CUDA)):
+        found = numbers(function(on_card(MODEL), on_card(PROPOSAL), to))
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted):
+            same(one, other)
+
+
+FEW = torch.ones(6, 6, dtype=torch.bool)
+FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
+SUPPORT = IMAGES[:1].repeat(16, 1, 1)
+SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).to(torch.uint8)
+TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
+PATHS = {"prior": lambda m, p, x, k: nb.PriorPath(m, x, k, BUDGET),
+         "learned": lambda m, p, x, k: nb.LearnedPath(m, p, x, k, BUDGET)}
+SAME_CALL = {
+    "log_prob": lambda m, p, to: nb.log_prob(m, to(IMAGES), 7),
+    "bits_per_dim": lambda m, p, to: nb.bits_per_dim(m, to(IMAGES)),
+    "sample": lambda m, p, to: nb.sample(m, 5, seed=2),
+    "sample, clamped": lambda m, p, to: nb.sample(m, 5, image=to(IMAGES[0]), known=to(KNOWN), seed=2),
+    "sample_naive": lambda m, p, to: nb.sample_naive(m, to(IMAGES[:3]), seed=2),
+    "marginal": lambda m, p, to: nb.marginal(m, (3, 2), 32),
+    "conditional_given_past": lambda m, p, to: nb.conditional_given_past(m, to(IMAGES[0]), (3, 2)),
+    "conditional_given_rest": lambda m, p, to: nb.conditional_given_rest(m, to(IMAGES[0]), (3, 2)),
+    "conditional_given_future": lambda m, p, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET),
+    "the same with proposal": lambda m, p, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET, proposal=p),
+    "complete": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET),
+    "complete with proposal": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, proposal=p),
+    "complete, prefix": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
+    "gibbs_sweep": lambda m, p, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
+    "forward_gibbs": lambda m, p, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
+    "parallel_tempering": lambda m, p, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3)[:3],
+    "compare_samplers": lambda m, p, to: nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, 8, proposal=p)[0],
+    "sandwich": lambda m, p, to: nb.sandwich(m, p, to(IMAGES[0]), to(KNOWN), BUDGET),
+    "one_pixel_check": lambda m, p, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, proposal=p),
+    "proposal_bits": lambda m, p, to: nb.proposal_bits(m, p, to(IMAGES)),
+    "evidence_log_probs": lambda m, p, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
+    "surprise_z": lambda m, p, to: nb.surprise_z(m, to(IMAGES)),
+    "receptive_field": lambda m, p, to: nb.receptive_field(m, (3, 2)),
+    "leaked_difference": lambda m, p, to: nb.leaked_difference(m, IMAGES),
+    "cached_difference": lambda m, p, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),
+    "completion_codes": lambda m, p, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
+    **{f"chi_square_after_moves, {name}": lambda m, p, to, path=path: nb.chi_square_after_moves(
+        path(m, p, IMAGES[0].to(m.position.device), FEW.to(m.position.device)),
+        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), 4, n=64)
+        for name, path in PATHS.items()},
+}
+
+
+def memory_halved():
+    """Half the memory that the moves of 64 particles take: the same answer in smaller chunks."""
+    budget = replace(BUDGET, initial=64, particles=16)
+    model, proposal = on_card(MODEL), on_card(PROPOSAL)
+    answers, peaks = [], []
+    for limit in (None, 0.6):
+        with cudasim.Sim(memory=True) as sim:
+            sim.limit = limit and limit * peaks[0]
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                answers.append(nb.complete(model, IMAGES[0], KNOWN, 4, budget, proposal=proposal))
+            peaks.append(sim.peak)
+    assert any("out of GPU memory" in str(w.message) for w in said), "nothing was halved"
+    for one, other in zip(*map(numbers, answers)):
+        same(one, other)
+
+
+def stopped_and_resumed(first, then):
+    """Training on device `first`, stopped after 13 steps, goes on on device `then`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=first, stop_after=13)
+            model, history = nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=then)
+            assert history[-1]["images"] == 640
+            whole, _ = nb.train(CONFIG, IMAGES, IMAGES[:20], path=Path(folder) / "whole.pt", device=then)
+    assert all(p.isfinite().all() for p in model.parameters())
+    if first == then:
+        for one, other in zip(model.parameters(), whole.parameters()):
+            same(one, other, 0)
+
+
+class Infinite(torch.autograd.Function):
+    """0 forward, an infinite gradient backward."""
+
+    @staticmethod
+    def forward(context, x):
+        context.shape = x
+        return x.flatten()[0] * 0
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.full_like(context.shape, float("inf"))
+
+
+def overflow(where):
+    """An infinite gradient at step 7: weights finite and equal to those of a run that left the step out."""
+    def loss(model, batch, step):
+        extra = Infinite.apply(getattr(model, where).weight) if step == 7 else 0.0
+        return nb.training_loss(model, batch, step) + extra
+
+    runs = []
+    for planted in (True, False):
+        run = nb.TrainingRun(CONFIG, CUDA, loss=loss if planted else nb.training_loss)
+        for step in range(12):
+            batch = IMAGES[nb.batch_at(step, CONFIG, len(IMAGES))].to(CUDA)
+            if step == 7 and not planted:
+                run.step += 1
+            else:
+                run.update(batch)
+        runs.append(run)
+    for part in ("model", "averaged"):
+        for one, other in zip(*(getattr(run, part).parameters() for run in runs)):
+            assert one.isfinite().all()
+            same(one, other, 1e-5)
+    assert runs[0].scaler.get_scale() == runs[1].scaler.get_scale() / 2
+
+
+def without_a_compiler():
+    """torch.compile that fails: one warning, and the run goes on without it."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.compile, real = broken_compile, torch.compile
+        try:
+            _, history = nb.train(replace(CONFIG, images_seen=64), IMAGES, IMAGES[:20], path=Path(folder) / "model.pt",
+                                  device="cuda", compiled=True)
+        finally:
+            torch.compile = real
+    assert history[-1]["images"] == 64
+    assert sum("torch.compile failed (RuntimeError)" in str(w.message) for w in said) == 1
+
+
+def broken_compile(model):
+    def call(*_):
+        raise RuntimeError("Triton does not know this GPU")
+    return call
+
+
+DRILLS = {name: lambda call=call: compare(call) for name, call in SAME_CALL.items()}
+DRILLS["complete with memory for a part of the particles"] = memory_halved
+DRILLS["train, stopped and resumed"] = lambda: stopped_and_resumed("cuda", "cuda")
+DRILLS["train, begun on a CPU"] = lambda: stopped_and_resumed("cpu", "cuda")
+DRILLS["train, gone on with on a CPU"] = lambda: stopped_and_resumed("cuda", "cpu")
+DRILLS["train without a compiler"] = without_a_compiler
+if not BF16:  # float16 alone has a scaler
+    DRILLS["train, overflow in AdamW's part"] = lambda: overflow("head")
+    DRILLS["train, overflow in Muon's part"] = lambda: overflow("first")
+
+failed = []
+with cudasim.Sim() as sim:
+    for name, drill in DRILLS.items():
+        before = len(sim.errors)
+        try:
+            drill()
+            assert len(sim.errors) == before, sim.errors[before:]
+            print(f"{name}: ok", flush=True)
+        except Exception as error:
+            failed.append(name)
+            print(f"{name}: FAILED {type(error).__name__}: {error}"[:400], flush=True)
+            for frame in traceback.extract_tb(error.__traceback__):
+                if "cell" in frame.filename or "drills" in frame.filename:
+                    print("   ", frame.filename[-12:], frame.lineno, frame.name)
+print(f"{len(DRILLS)} drills, {len(failed)} failed: {failed}; {len(sim.errors)} device mismatches")
+sys.exit(bool(failed or sim.errors))

@@ -1,0 +1,121 @@
+"""What a GPU would refuse, on a pretended one; and what TF32 would do to the numbers.
+
+The whole notebook on the pretended card takes several minutes and runs on demand:
+`.venv/bin/python .ci/gpu_drill/run_notebook.py` as on a T4, with `--bf16` as on an A100.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the pretended device needs a C++ compiler (g++)")
+def test_every_public_function_works_on_a_card_as_on_a_cpu(root):
+    run = subprocess.run([sys.executable, root / ".ci" / "gpu_drill" / "drills.py"], capture_output=True, text=True)
+    assert run.returncode == 0 and "0 failed" in run.stdout and "0 device mismatches" in run.stdout, run.stdout[-4000:]
+
+
+def with_tf32(convolution):
+    """A convolution whose float32 inputs are rounded to the 10 bits of TF32, as cuDNN does where it may."""
+    def rounded(x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+    def call(x, weight, *rest, **options):
+        return convolution(rounded(x.contiguous()), rounded(weight.contiguous()), *rest, **options)
+    return call
+
+
+def test_full_float32_is_asked_for_and_needed(nb, root, mnist, monkeypatch):
+    """Logits of the sampler and of the full pass agree to 1e-4 in float32; under TF32 they would differ by 1e-3 or more."""
+    assert not torch.backends.cudnn.allow_tf32
+    model, images = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu"), mnist[2][:2]
+    full = model(images)
+    assert nb.cached_difference(model, images) < 1e-4
+    monkeypatch.setattr(F, "conv2d", with_tf32(F.conv2d))
+    assert (model(images) - full).abs().max() > 1e-3
+
+
+def test_no_gradient_reaches_a_hidden_tap_even_if_it_is_infinite(nb):
+    """weight * mask would give inf * 0 = nan."""
+    layer = nb.MaskedConv2d("B", 2, 3, rows=2, reach=1)
+    kernel = layer.kernel()
+    kernel.backward(torch.where(layer.mask, 1.0, torch.inf).expand_as(kernel))
+    gradient = layer.weight.grad.view_as(kernel)
+    assert (gradient[..., ~layer.mask] == 0).all() and (gradient[..., layer.mask] == 1).all()
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_line(nb, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here.*Change runtime type"):
+        nb.pick_device("cuda")
+    assert nb.pick_device("auto").type == "cpu"
+
+
+def test_moves_in_small_parts_give_the_same_answer(nb, tiny, evidence):
+    """As where memory is short: runs, blocks and tails, in parts of three particles."""
+    known, budget = torch.arange(9).view(3, 3) > 3, nb.Budget(4, 20, 10, tile=2)
+    proposal = nb.Proposal.starting_from(tiny, (1, 2))
+    for path in (nb.PriorPath(tiny, evidence[0], known, budget),
+                 nb.LearnedPath(tiny, proposal, evidence[0], known, budget)):
+        ends = []
+        for batch in (20, 3):
+            particles = path.start(path.draw(20, seed=1))
+            particles.batch = batch
+            path.move(particles, 0.7, torch.Generator().manual_seed(2))
+            ends.append(particles)
+        assert torch.equal(ends[0].images, ends[1].images) and not torch.equal(ends[0].images, path.draw(20, seed=1))
+        assert (ends[0].log_probs - ends[1].log_probs).abs().max() < 1e-12
+
+
+def test_compiling_that_fails_is_one_warning(nb, tmp_path, monkeypatch):
+    def broken(model):
+        def call(*_):
+            raise RuntimeError("no compiler")
+        return call
+
+    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
+                       images_seen=32, batch_size=16, validate_every=10)
+    images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    eager, _ = nb.train(config, images, images[:20], path=tmp_path / "eager.pt", device="cpu")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match=r"torch.compile failed \(RuntimeError\)") as said:
+        model, _ = nb.train(config, images, images[:20], path=tmp_path / "model.pt", device="cpu", compiled=True)
+    assert len(said) == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), eager.parameters()))
+
+
+def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, tmp_path):
+    """bf16 on a CPU has no scaler, float16 on a T4 has one."""
+    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
+                       images_seen=160, batch_size=16, validate_every=100)
+    plain, scaled = (nb.TrainingRun(config, torch.device("cpu")) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for one, other in ((plain, scaled), (scaled, plain)):
+        one.step = 3
+        one.save(tmp_path / "model.state")
+        other.step = 0
+        other.restore(tmp_path / "model.state")
+        assert other.step == 3 and scaled.scaler.get_scale() == 8.0
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_where_no_scale_is_to_blame(nb):
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.sum() * 0
+
+        @staticmethod
+        def backward(context, gradient):
+            return torch.full((3, 8), torch.inf)
+
+    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
+                       images_seen=160, batch_size=16)
+    run = nb.TrainingRun(config, torch.device("cpu"), loss=lambda model, batch, step: nb.training_loss(
+        model, batch, step) + Infinite.apply(model.head.weight))
+    with pytest.raises(FloatingPointError, match="gradient norm is (inf|nan) at step 0"):
+        run.update(torch.zeros(16, 5, 4, dtype=torch.uint8))
