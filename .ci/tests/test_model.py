@@ -178,11 +178,33 @@ def test_samples_are_as_surprising_as_the_model_expects(nb, tiny):
 def test_counts_and_running_means_equal_their_definitions(nb, model):
     """Both summaries of the past, recomputed for one pixel from the sums in the text."""
     image, pixel = random_images(1) // 16, 300
-    logs = model.log_counts(image, 0).flatten(1, 2)[0, pixel]
-    expected = torch.bincount(image.flatten()[:pixel].int(), minlength=256)
-    assert torch.allclose(logs, torch.log1p(expected.float()))
+    expected = model.counts(torch.log1p(torch.bincount(image.flatten()[:pixel].int(), minlength=256).float()))
+    for first_row in (0, 5):
+        told = model.told(image, first_row).flatten(1, 2)[0, pixel - 28 * first_row]
+        assert torch.allclose(told, expected, atol=1e-5) and not torch.allclose(told, 0.99 * expected, atol=1e-5)
     mean = copy.deepcopy(model.blocks[1].mean).double()
     h = torch.randn(1, 28, 28, model.config.channels, dtype=torch.float64)
-    k, v = mean.propose(h).flatten(1, 2)[0, : pixel + 1].chunk(2, dim=-1)
+    proposed = mean.propose(h)
+    k, v = proposed.flatten(1, 2)[0, : pixel + 1].chunk(2, dim=-1)
     weights = torch.softmax(k.clamp(-8, 8), dim=0)
-    assert torch.allclose(mean(h).flatten(1, 2)[0, pixel], mean.out((weights * v).sum(dim=0)))
+    assert torch.allclose(mean(proposed).flatten(1, 2)[0, pixel], (weights * v).sum(dim=0))
+
+
+def test_without_gradients_the_same_is_computed(nb, model):
+    """The block as the text has it, and multiplied out: in float64 equal up to rounding, also below a given row."""
+    double, images = copy.deepcopy(model).double(), random_images(3)
+    with torch.enable_grad():
+        plain = double(images).detach()
+    with torch.no_grad():
+        assert (double(images) - plain).abs().max() < 1e-10
+        cache = double.new_cache(3)
+        double(images[:, :11], cache)
+        assert (double(images, cache, 11) - plain[:, :, 11:]).abs().max() < 1e-10
+        double.blocks[1].norm.weight[3] *= 1.01  # negative control: another norm is another network
+        assert (double(images) - plain).abs().max() > 1e-6
+
+
+def test_earlier_occurrences_are_counted(nb):
+    levels = torch.randint(0, 4, (5, 50), generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([(levels[:, :i] == levels[:, i : i + 1]).sum(dim=1) for i in range(50)], dim=1)
+    assert torch.equal(nb.count_earlier(levels), expected)
