@@ -1,0 +1,217 @@
+"""The record in one command: trains `small` by its recipe, then its proposal, then `large` for the time that is left;
+scores what is finished on the test set, and times the notebook with the checkpoints that are committed.
+
+usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,proposal,large,score,notebook]
+                            [--processes 2] [--tiny]
+Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
+processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
+the other core is busy: they wait for each other); on a GPU there is one process. The folder keeps <name>.state while a network trains, then <name>.pt with its history, SHA256SUMS,
+scores.json and notebook.json.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TQDM_DISABLE", "1")
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+NAMES = {"small": "small.pt", "proposal": "small_proposal.pt", "large": "large.pt"}
+
+
+def definitions():
+    """The notebook's definitions as a module."""
+    nb = types.ModuleType("pixelcnn_notebook")
+    sys.modules[nb.__name__] = nb
+    for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
+        if "define" in cell["metadata"].get("tags", []):
+            exec(compile("".join(cell["source"]), f"PixelCNN.ipynb[{number}]", "exec"), nb.__dict__)
+    return nb
+
+
+def recipe(nb, stage, tiny):
+    """Warm-up, a long constant phase, a decay at the end."""
+    rates = dict(decay=0.2, warmup=0.01, batch_size=64)
+    config = replace(nb.CONFIGS["small" if stage == "proposal" else stage], **rates)
+    if stage == "small":
+        config = replace(config, images_seen=1_650_000)
+    if tiny:
+        config = replace(config, **nb.FAST_SIZES)
+    if stage == "proposal":
+        config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
+                         learning_rate=0.0015, images_seen=512 if tiny else 256_000)
+    return config
+
+
+def report(model, history):
+    last = history[-1]
+    print(f"{last['images']:>9,} images  {last['seconds'] / 60:6.1f} min  train {last['train_bits']:.4f}  "
+          f"validation {last['validation_bits']:.4f} bits/dim", flush=True)
+
+
+def share_gradients(world):
+    """From now on gradients are averaged over the processes before they are clipped."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def average_and_clip(parameters, max_norm):
+        parameters = list(parameters)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, part in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
+            p.grad.copy_(part.view_as(p))
+        return clip(parameters, max_norm)
+
+    torch.nn.utils.clip_grad_norm_ = average_and_clip
+
+
+def fitting(nb, config, path, images, device, minutes):
+    """The config with as many images as the minutes allow, measured once and kept beside `path`."""
+    kept = path.with_suffix(".json")
+    if not kept.exists():
+        run = nb.TrainingRun(config, device)
+        if device.type == "cuda":
+            run.compile(images[: config.batch_size].to(device))
+        for number in range(12):
+            if number == 4:
+                started = time.monotonic()
+            run.update(images[: config.batch_size].to(device))
+        rate = 8 * config.batch_size / (time.monotonic() - started)
+        kept.write_text(json.dumps(max(int(0.9 * rate * 60 * minutes), 2 * config.batch_size)))
+    return replace(config, images_seen=json.loads(kept.read_text()))
+
+
+def work(rank, world, stage, options, minutes):
+    """One process's part of a stage; process 0 keeps the state and validates."""
+    nb, folder = definitions(), Path(options.folder)
+    config, device, path = recipe(nb, stage, options.tiny), nb.pick_device(), folder / NAMES[stage]
+    train_images = nb.load_mnist(ROOT / "data")[0]
+    images, validation = train_images[:55_000], train_images[55_000:56_000]
+    if options.tiny:
+        images, validation = images[:512], validation[:32]
+    extra, whole_loss, score = {}, nb.training_loss, nb.bits_per_dim
+    if stage == "proposal":
+        model = nb.load_checkpoint(folder / NAMES["small"], device.type)
+        whole_loss, score = partial(nb.proposal_loss, model), partial(nb.proposal_bits, model)
+        extra = dict(network=nb.Proposal, initial=nb.Proposal.starting_from(model, config.encoder))
+        digits = images
+        images = lambda: torch.cat([digits, nb.sample(model, 64 if options.tiny else 27_000, seed=59).cpu()])
+    if stage == "large":
+        config = fitting(nb, config, path, images, device, minutes)
+    loss = whole_loss
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+        share_gradients(world)
+
+        def loss(model, batch, step):
+            return whole_loss(model, batch[rank::world], step * world + rank if stage == "proposal" else step)
+
+        if rank > 0:
+            other, state = folder / f"process{rank}", path.with_suffix(".state")
+            other.mkdir(exist_ok=True)
+            (other / state.name).unlink(missing_ok=True)
+            if state.exists():
+                shutil.copy(state, other)
+            path, score = other / path.name, lambda model, images: torch.zeros(1)
+        dist.barrier()  # the state was copied before anybody writes it
+    nb.train(config, images, validation, path=path, device=device.type, loss=loss, score=score,
+             report=report if rank == 0 else None, compiled=not options.tiny, **extra)
+
+
+def trained(stage, options, end):
+    """Train a network until `end`; whether it is finished."""
+    folder, path = Path(options.folder), Path(options.folder) / NAMES[stage]
+    if path.exists():
+        return True
+    print(f"== {stage}", flush=True)
+    (folder / "meeting").unlink(missing_ok=True)
+    # The size of `large` depends on the minutes: one process settles it.
+    world = 1 if torch.cuda.is_available() or stage == "large" else options.processes
+    context, minutes = mp.get_context("spawn"), max(end - time.monotonic(), 0) / 60
+    workers = [context.Process(target=work, args=(rank, world, stage, options, minutes)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    while time.monotonic() < end and all(worker.is_alive() for worker in workers):
+        time.sleep(0.5)
+    for worker in workers:  # one that is cut off loses the last three minutes at most
+        worker.join(60 if path.exists() else 0)
+        worker.terminate()
+        worker.join()
+    return path.exists()
+
+
+def score(options):
+    """Test bits/dim of the finished models, once each, into scores.json."""
+    nb, folder = definitions(), Path(options.folder)
+    kept = folder / "scores.json"
+    scores = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in ("small.pt", "large.pt"):
+        if name not in scores and (folder / name).exists():
+            test_images = nb.load_mnist(ROOT / "data")[2][: 64 if options.tiny else None]
+            bits = nb.bits_per_dim(nb.load_checkpoint(folder / name), test_images, batch_size=32)
+            scores[name] = dict(bits=bits.mean().item(), stderr=bits.std().item() / math.sqrt(len(bits)), n=len(bits))
+            kept.write_text(json.dumps(scores, indent=1) + "\n")
+    print(json.dumps(scores), flush=True)
+
+
+def notebook(options, end):
+    """Minutes of the whole notebook, run on a copy, into notebook.json."""
+    folder = Path(options.folder)
+    place = folder / "notebook"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(ROOT / "checkpoints", place / "checkpoints")
+    (place / "data").symlink_to(ROOT / "data")
+    text = (ROOT / "PixelCNN.ipynb").read_text()
+    (place / "PixelCNN.ipynb").write_text(text.replace('"FAST = False', '"FAST = True', 1) if options.tiny else text)
+    started = time.monotonic()
+    try:
+        run = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace",
+                              "PixelCNN.ipynb"], cwd=place, capture_output=True, text=True,
+                             timeout=max(end - started, 1))
+        said = "finished" if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        said = "stopped by the time limit"
+    nb = definitions()
+    found = dict(minutes=(time.monotonic() - started) / 60, said=said, device=nb.device_name(nb.pick_device()))
+    (folder / "notebook.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--stages", default="small,proposal,large,score,notebook")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count()), help="on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small networks, to try the command")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    folder = Path(options.folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    options.folder = str(folder)
+    for stage in options.stages.split(","):
+        if stage in NAMES:
+            if not trained(stage, options, end):
+                print(f"{stage} is not finished; run again to go on")
+                return
+        elif stage == "score":
+            score(options)
+        else:
+            notebook(options, end)
+
+
+if __name__ == "__main__":
+    main()
