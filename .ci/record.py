@@ -1,7 +1,7 @@
-"""The record in one command: trains `small` by its recipe, then its proposal, then `large` for the time that is left;
+"""The record in one command: trains `small` by its recipe, then its guide, then `large` for the time that is left;
 scores what is finished on the test set, and times the notebook with the checkpoints that are committed.
 
-usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,proposal,large,score,notebook]
+usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,large,score,notebook]
                             [--processes 2] [--tiny]
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-NAMES = {"small": "small.pt", "proposal": "small_proposal.pt", "large": "large.pt"}
+NAMES = {"small": "small.pt", "guide": "small_guide.pt", "large": "large.pt"}
 
 
 def definitions():
@@ -44,12 +44,12 @@ def definitions():
 def recipe(nb, stage, tiny):
     """Warm-up, a long constant phase, a decay at the end."""
     rates = dict(decay=0.2, warmup=0.01, batch_size=64)
-    config = replace(nb.CONFIGS["small" if stage == "proposal" else stage], **rates)
+    config = replace(nb.CONFIGS["small" if stage == "guide" else stage], **rates)
     if stage == "small":
         config = replace(config, images_seen=1_650_000)
     if tiny:
         config = replace(config, **nb.FAST_SIZES)
-    if stage == "proposal":
+    if stage == "guide":
         config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
                          learning_rate=0.0015, images_seen=512 if tiny else 256_000)
     return config
@@ -101,10 +101,10 @@ def work(rank, world, stage, options, minutes):
     if options.tiny:
         images, validation = images[:512], validation[:32]
     extra, whole_loss, score = {}, nb.training_loss, nb.bits_per_dim
-    if stage == "proposal":
+    if stage == "guide":
         model = nb.load_checkpoint(folder / NAMES["small"], device.type)
-        whole_loss, score = partial(nb.proposal_loss, model), partial(nb.proposal_bits, model)
-        extra = dict(network=nb.Proposal, initial=nb.Proposal.starting_from(model, config.encoder))
+        whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
+        extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
         digits = images
         images = lambda: torch.cat([digits, nb.sample(model, 64 if options.tiny else 27_000, seed=59).cpu()])
     if stage == "large":
@@ -117,7 +117,7 @@ def work(rank, world, stage, options, minutes):
         share_gradients(world)
 
         def loss(model, batch, step):
-            return whole_loss(model, batch[rank::world], step * world + rank if stage == "proposal" else step)
+            return whole_loss(model, batch[rank::world], step * world + rank if stage == "guide" else step)
 
         if rank > 0:
             other, state = folder / f"process{rank}", path.with_suffix(".state")
@@ -194,7 +194,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--folder", required=True)
-    parser.add_argument("--stages", default="small,proposal,large,score,notebook")
+    parser.add_argument("--stages", default="small,guide,large,score,notebook")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count()), help="on a CPU")
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the command")
     options = parser.parse_args()

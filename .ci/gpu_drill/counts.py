@@ -53,7 +53,7 @@ def line(what, launches, views, flops, half=0):
 
 image = nb.load_mnist(ROOT / "data")[2][0]
 model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", "cuda")
-proposal = nb.load_checkpoint(ROOT / "checkpoints" / "small_proposal.pt", "cuda", nb.Proposal)
+guide = nb.load_guide(ROOT / "checkpoints" / "small_guide.pt", model, "cuda")
 with FlopCounterMode(display=False) as counter, torch.no_grad():
     nb.PixelCNN(model.config)(image[None])
 one_pass = counter.get_total_flops()
@@ -73,17 +73,17 @@ line(f"a training step, batch {run.config.batch_size}", *once, 3 * one_pass * ru
 line("training the model", *(steps * x for x in once), 3 * one_pass * run.config.images_seen, 1)
 
 half, few = torch.arange(784).view(28, 28) >= 392, nb.Budget(replicates=4, initial=4, particles=2, tails=1)
-path = nb.LearnedPath(model, proposal, image.cuda(), half.cuda(), few)
-particles = path.start(path.draw(2, 0))
+told = guide.told(image[None].cuda(), half[None].cuda())
+particles = nb.start(told, told.draw(image.cuda(), 2, 0))
 generator = torch.Generator().manual_seed(0)
 block = torch.zeros(28, 28, dtype=torch.bool)
 block[7:14, 7:14] = True
-line("one block move (7x7), 64 particles", *counted(lambda: nb.redraw_block(
-    particles, proposal, block.cuda(), 0.5, generator)), 64 * one_pass * 4)
-tail = counted(lambda: nb.redraw_tail(particles, 0, 0.5, generator))
+line("one block move (7x7), 64 particles", *counted(lambda: nb.redraw(
+    particles, told, block.cuda(), 0.5, generator, told_all=True)), 64 * one_pass * 4)
+tail = counted(lambda: nb.redraw(particles, told, ~half.cuda(), 0.5, generator))
 line("a tail from the first pixel, 64 particles", *tail, 64 * one_pass * 3)
-temperature = [a + 5 * b / 2 for a, b in zip(counted(lambda: path.move(particles, 0.5, generator)), tail)]
-draw = counted(lambda: path.draw(2, 0))
+temperature = [a + 5 * b / 2 for a, b in zip(counted(lambda: nb.move(particles, told, few, 0.5, generator)), tail)]
+draw = counted(lambda: told.draw(image.cuda(), 2, 0))
 line("a temperature of G: a sweep of blocks and six tails", *(round(x) for x in temperature), 64 * one_pass * (4 * 13 + 9))
 for temperatures in (8,):
     whole = [5 * d + 1.5 * temperatures * t for d, t in zip(draw, temperature)]  # the pilot run moves a fourth

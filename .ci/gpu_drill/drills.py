@@ -36,8 +36,8 @@ torch.manual_seed(0)
 MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
 for parameter in MODEL.parameters():
     parameter.add_(0.2 * torch.randn_like(parameter))
-PROPOSAL = nb.Proposal.starting_from(MODEL, (1, 2))
-for parameter in PROPOSAL.encoder.parameters():
+NETWORK = nb.GuideNetwork.starting_from(MODEL, (1, 2))
+for parameter in NETWORK.encoder.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
@@ -47,6 +47,10 @@ CUDA = torch.device("cuda", 0)
 
 def on_card(module):
     return copy.deepcopy(module).to(CUDA)
+
+
+def guide_on_card():
+    return nb.Guide(on_card(MODEL), on_card(NETWORK))
 
 
 def same(found, wanted, tolerance=1e-5):
@@ -68,11 +72,12 @@ def numbers(answer):
 
 
 def compare(function):
-    """function(model, proposal, to) on the CPU, and on the card with the images on the CPU and on the card."""
-    wanted = numbers(function(MODEL, PROPOSAL, lambda x: x))
+    """function(model, guide, to) on the CPU, and on the card with the images on the CPU and on the card."""
+    wanted = numbers(function(MODEL, nb.Guide(MODEL, NETWORK), lambda x: x))
     assert wanted
     for to in (lambda x: x, lambda x: x.to(CUDA)):
-        found = numbers(function(on_card(MODEL), on_card(PROPOSAL), to))
+        guide = guide_on_card()
+        found = numbers(function(guide.model, guide, to))
         assert len(found) == len(wanted)
         for one, other in zip(found, wanted):
             same(one, other)
@@ -83,53 +88,53 @@ FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
 SUPPORT = IMAGES[:1].repeat(16, 1, 1)
 SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).to(torch.uint8)
 TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
-PATHS = {"prior": lambda m, p, x, k: nb.PriorPath(m, x, k, BUDGET),
-         "learned": lambda m, p, x, k: nb.LearnedPath(m, p, x, k, BUDGET)}
 SAME_CALL = {
-    "log_prob": lambda m, p, to: nb.log_prob(m, to(IMAGES), 7),
-    "bits_per_dim": lambda m, p, to: nb.bits_per_dim(m, to(IMAGES)),
-    "sample": lambda m, p, to: nb.sample(m, 5, seed=2),
-    "sample, clamped": lambda m, p, to: nb.sample(m, 5, image=to(IMAGES[0]), known=to(KNOWN), seed=2),
-    "sample_naive": lambda m, p, to: nb.sample_naive(m, to(IMAGES[:3]), seed=2),
-    "marginal": lambda m, p, to: nb.marginal(m, (3, 2), 32),
-    "conditional_given_past": lambda m, p, to: nb.conditional_given_past(m, to(IMAGES[0]), (3, 2)),
-    "conditional_given_rest": lambda m, p, to: nb.conditional_given_rest(m, to(IMAGES[0]), (3, 2)),
-    "conditional_given_future": lambda m, p, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET),
-    "the same with proposal": lambda m, p, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET, proposal=p),
-    "complete": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET),
-    "complete with proposal": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, proposal=p),
-    "complete, prefix": lambda m, p, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
-    "gibbs_sweep": lambda m, p, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
-    "forward_gibbs": lambda m, p, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
-    "parallel_tempering": lambda m, p, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3)[:3],
-    "compare_samplers": lambda m, p, to: nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, 8, proposal=p)[0],
-    "sandwich": lambda m, p, to: nb.sandwich(m, p, to(IMAGES[0]), to(KNOWN), BUDGET),
-    "one_pixel_check": lambda m, p, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, proposal=p),
-    "proposal_bits": lambda m, p, to: nb.proposal_bits(m, p, to(IMAGES)),
-    "evidence_log_probs": lambda m, p, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
-    "surprise_z": lambda m, p, to: nb.surprise_z(m, to(IMAGES)),
-    "receptive_field": lambda m, p, to: nb.receptive_field(m, (3, 2)),
-    "leaked_difference": lambda m, p, to: nb.leaked_difference(m, IMAGES),
-    "cached_difference": lambda m, p, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),
-    "completion_codes": lambda m, p, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
-    **{f"chi_square_after_moves, {name}": lambda m, p, to, path=path: nb.chi_square_after_moves(
-        path(m, p, IMAGES[0].to(m.position.device), FEW.to(m.position.device)),
-        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), 4, n=64)
-        for name, path in PATHS.items()},
+    "log_prob": lambda m, g, to: nb.log_prob(m, to(IMAGES), 7),
+    "bits_per_dim": lambda m, g, to: nb.bits_per_dim(m, to(IMAGES)),
+    "sample": lambda m, g, to: nb.sample(m, 5, seed=2),
+    "sample, clamped": lambda m, g, to: nb.sample(m, 5, image=to(IMAGES[0]), known=to(KNOWN), seed=2),
+    "sample_naive": lambda m, g, to: nb.sample_naive(m, to(IMAGES[:3]), seed=2),
+    "marginal": lambda m, g, to: nb.marginal(m, (3, 2), 32),
+    "conditional_given_past": lambda m, g, to: nb.conditional_given_past(m, to(IMAGES[0]), (3, 2)),
+    "conditional_given_rest": lambda m, g, to: nb.conditional_given_rest(m, to(IMAGES[0]), (3, 2)),
+    "conditional_given_future": lambda m, g, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET),
+    "the same with a guide": lambda m, g, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
+    "complete": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET),
+    "complete with a guide": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, guide=g),
+    "guide_draws": lambda m, g, to: nb.guide_draws(m, g, to(IMAGES[0]), to(KNOWN), 4),
+    "guide_log_prob": lambda m, g, to: nb.guide_log_prob(m, g, to(IMAGES), to(KNOWN)),
+    "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
+    "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
+    "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
+    "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3)[:3],
+    "compare_samplers": lambda m, g, to: nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, 8, guide=g)[0],
+    "sandwich": lambda m, g, to: nb.sandwich(g, to(IMAGES[0]), to(KNOWN), BUDGET),
+    "one_pixel_check": lambda m, g, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
+    "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
+    "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
+    "surprise_z": lambda m, g, to: nb.surprise_z(m, to(IMAGES)),
+    "receptive_field": lambda m, g, to: nb.receptive_field(m, (3, 2)),
+    "leaked_difference": lambda m, g, to: nb.leaked_difference(m, IMAGES),
+    "cached_difference": lambda m, g, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),
+    "completion_codes": lambda m, g, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
+    **{f"chi_square_after_moves, {name}": lambda m, g, to, of=of: nb.chi_square_after_moves(
+        of(m, g).told(IMAGES[:1].to(m.position.device), FEW[None].to(m.position.device)),
+        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), BUDGET, n=64)
+        for name, of in (("model", lambda m, g: nb.Guide(m)), ("guide", lambda m, g: g))},
 }
 
 
 def memory_halved():
     """Half the memory that the moves of 64 particles take: the same answer in smaller chunks."""
     budget = replace(BUDGET, initial=64, particles=16)
-    model, proposal = on_card(MODEL), on_card(PROPOSAL)
+    guide = guide_on_card()
     answers, peaks = [], []
     for limit in (None, 0.6):
         with cudasim.Sim(memory=True) as sim:
             sim.limit = limit and limit * peaks[0]
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                answers.append(nb.complete(model, IMAGES[0], KNOWN, 4, budget, proposal=proposal))
+                answers.append(nb.complete(guide.model, IMAGES[0], KNOWN, 4, budget, guide=guide))
             peaks.append(sim.peak)
     assert any("out of GPU memory" in str(w.message) for w in said), "nothing was halved"
     for one, other in zip(*map(numbers, answers)):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import MANY, t_bound
+from test_inference import sweep
 from test_kernels import known_mask, tempered
 
 BETAS = [0.0, 0.3, 0.6, 1.0]
@@ -117,8 +118,9 @@ def test_a_beta_for_each_particle_moves_as_one_for_all(nb, tiny, evidence):
     starts = nb.sample(tiny, 50, image=image, known=known, seed=3)
     results = []
     for beta in (0.4, torch.full((50,), 0.4, dtype=torch.float64)):
-        particles = nb.Particles(tiny, starts.clone())
-        nb.sweep(particles, known, beta, 2, torch.Generator().manual_seed(5))
+        guide = nb.Guide(tiny).told(image[None], known[None])
+        particles = nb.start(guide, starts)
+        sweep(nb, particles, guide, torch.Generator().manual_seed(5), beta, 2)
         results.append(particles.images)
     assert torch.equal(*results) and not torch.equal(results[0], starts)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bounds import t_bound
-from test_kernels import RANK_BOUND, rank_statistic
+from test_kernels import RANK_BOUND, rank_statistic, wrong_acceptance
 
 pytestmark = pytest.mark.slow
 NEAR = 1e-3  # nats, for float32
@@ -17,8 +17,8 @@ def model(nb, root):
 
 
 @pytest.fixture(scope="module")
-def proposal(nb, root):
-    return nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
+def guide(nb, root, model):
+    return nb.load_guide(root / "checkpoints" / "small_guide.pt", model, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def pair(nb, model, mnist):
     known[ROW, COLUMN : COLUMN + 2] = False
     cache = model.new_cache(1)
     model(image[None, :ROW], cache)
-    cache = [layer.select(torch.zeros(256, dtype=torch.long)) for layer in cache]  # the rows above are all alike
+    cache = cache[torch.zeros(256, dtype=torch.long)]  # the rows above are all alike
     images, terms = image.repeat(256, 1, 1), []
     images[:, ROW, COLUMN + 1] = torch.arange(256)
     for level in range(256):
@@ -64,11 +64,11 @@ def z_of(log_probs, draws):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_complete_meets_the_enumeration_of_two_pixels(nb, model, proposal, pair, learned):
+def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 8.4 standard errors of 16 replicates."""
     image, known, log_probs, log_evidence = pair
     budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2, ess_fraction=0.8)
-    found = nb.complete(model, image, known, 1, budget, 3, proposal if learned else None).diagnostics
+    found = nb.complete(model, image, known, 1, budget, 3, guide if learned else None).diagnostics
     ratio = (found["log_evidences"] - log_evidence).exp()
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4
     assert z_of(log_probs, found["particles"]) < BOUND
@@ -88,38 +88,39 @@ def test_parallel_tempering_and_gibbs_meet_it_and_forward_gibbs_does_not(nb, mod
     assert z_of(log_probs, nb.sample(model, 256, image=image, known=known, seed=2).view(16, 16, 28, 28)) > BOUND
 
 
-def statistic_of(nb, model, proposal, kernel, n=96):
-    """The rank statistic of the kernels "run" (of the model) and "block" (of the proposal), hidden centre of 8x8."""
-    images = nb.sample(model, n, seed=71)
+def statistic_of(nb, guide, kernel, n=96, accept=None):
+    """The rank statistic of the kernels "run" (of the model) and "block" (of the guide), hidden centre of 8x8."""
+    images, accept = nb.sample(guide.model, n, seed=71), nb.log_acceptance if accept is None else accept
     known = torch.ones(28, 28, dtype=torch.bool)
     known[10:18, 10:18] = False
-    places = torch.Generator().manual_seed(72)
+    places, unknown = torch.Generator().manual_seed(72), (~known.flatten()).nonzero()[:, 0]
+    # At beta = 1 the guide drops out of the target, so that one serves all images.
     if kernel == "run":
-        unknown = (~known.flatten()).nonzero()[:, 0]
-        firsts = unknown[torch.randint(len(unknown), (7, 1), generator=places)].tolist()
-        return rank_statistic(
-            lambda index: nb.Particles(model, images[index]), lambda p: p.evidence(known), n,
-            lambda p, first, generator: nb.regenerate(p, known, first, first + 4, 1.0, generator), firsts, 73, NEAR)
-    # At beta = 1 the path's q drops out of the target, so that one guide serves all images.
-    guide = proposal.given(model, images[:1], known[None])
+        guide = nb.Guide(guide.model)
+        sites = unknown[torch.randint(len(unknown), (7, 1), generator=places)].tolist()
+    else:
+        sites = torch.randint(10, 15, (7, 1, 2), generator=places).tolist()
+    guide = guide.told(images[:1], known[None])
 
-    def move(particles, place, generator):
-        block = torch.zeros(28, 28, dtype=torch.bool)
-        block[place[0] : place[0] + 4, place[1] : place[1] + 4] = True
-        nb.redraw_block(particles, proposal, block, 1.0, generator)
-    return rank_statistic(lambda index: nb.Guided(guide, images[index], known), lambda p: p.evidence(known), n, move,
-                          torch.randint(10, 15, (7, 1, 2), generator=places).tolist(), 73, NEAR)
+    def move(state, place, generator):
+        where = torch.zeros(28, 28, dtype=torch.bool)
+        if kernel == "run":
+            where = nb.pixels_between(~known, place, place + 4)
+        else:
+            where[place[0] : place[0] + 4, place[1] : place[1] + 4] = True
+        nb.redraw(state, guide, where, 1.0, generator, kernel == "block", accept)
+    return rank_statistic(lambda index: nb.start(guide, images[index]), lambda state: state.log_p[:, known].sum(1), n,
+                          move, sites, 73, NEAR)
 
 
 @pytest.mark.parametrize("kernel", ["run", "block"])
-def test_ranks_of_the_truth_are_uniform_at_full_size(nb, model, proposal, kernel):
+def test_ranks_of_the_truth_are_uniform_at_full_size(nb, guide, kernel):
     """Detects a kernel whose evidence term drifts from the truth's."""
-    assert statistic_of(nb, model, proposal, kernel) < RANK_BOUND
+    assert statistic_of(nb, guide, kernel) < RANK_BOUND
 
 
-def test_the_rank_test_at_full_size_rejects_kernels_that_accept_everything(nb, model, proposal, monkeypatch):
+def test_the_rank_test_at_full_size_rejects_kernels_that_accept_everything(nb, guide):
     """(96 images are too few to see a block's proposal ratio forgotten or upside down; the 3x3 matrices show those.)"""
-    monkeypatch.setattr(nb, "log_acceptance", lambda old, *_: torch.zeros(len(old), dtype=torch.float64))
-    assert statistic_of(nb, model, proposal, "run", 192) > RANK_BOUND  # with 96, one seed in nine was short of it
-    monkeypatch.setattr(nb, "guided_log_acceptance", lambda beta, gain_p, *_: torch.zeros_like(gain_p))
-    assert statistic_of(nb, model, proposal, "block") > RANK_BOUND
+    wrong = wrong_acceptance(nb, "forward Gibbs")
+    assert statistic_of(nb, guide, "run", 192, wrong) > RANK_BOUND  # with 96, one seed in nine was short of it
+    assert statistic_of(nb, guide, "block", accept=wrong) > RANK_BOUND

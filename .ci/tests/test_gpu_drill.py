@@ -59,17 +59,17 @@ def test_a_gpu_that_is_not_there_is_one_clear_line(nb, monkeypatch):
 def test_moves_in_small_parts_give_the_same_answer(nb, tiny, evidence):
     """As where memory is short: runs, blocks and tails, in parts of three particles."""
     known, budget = torch.arange(9).view(3, 3) > 3, nb.Budget(4, 20, 10, tile=2)
-    proposal = nb.Proposal.starting_from(tiny, (1, 2))
-    for path in (nb.PriorPath(tiny, evidence[0], known, budget),
-                 nb.LearnedPath(tiny, proposal, evidence[0], known, budget)):
-        ends = []
-        for batch in (20, 3):
-            particles = path.start(path.draw(20, seed=1))
-            particles.batch = batch
-            path.move(particles, 0.7, torch.Generator().manual_seed(2))
+    network = nb.GuideNetwork.starting_from(tiny, (1, 2))
+    for network in (None, network):
+        guide, ends = nb.Guide(tiny, network).told(evidence[:1], known[None]), []
+        starts = guide.draw(evidence[0], 20, seed=1)
+        for guide.batch in (None, 3, 1):
+            particles = nb.start(guide, starts)
+            nb.move(particles, guide, budget, 0.7, torch.Generator().manual_seed(2))
             ends.append(particles)
-        assert torch.equal(ends[0].images, ends[1].images) and not torch.equal(ends[0].images, path.draw(20, seed=1))
-        assert (ends[0].log_probs - ends[1].log_probs).abs().max() < 1e-12
+        assert not torch.equal(ends[0].images, starts)
+        for end in ends[1:]:
+            assert torch.equal(ends[0].images, end.images) and (ends[0].log_p - end.log_p).abs().max() < 1e-12
 
 
 def test_compiling_that_fails_is_one_warning(nb, tmp_path, monkeypatch):

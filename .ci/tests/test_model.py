@@ -69,10 +69,10 @@ def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtyp
     known[:, 12:15] = True
     cache = network.new_cache(n)
     network(images, cache)
-    walk, asked = nb.PixelByPixel(network, images.clone(), cache), {}
+    walk, asked = nb.Walk(network, images.clone(), cache), {}
     original = walk.logits
     walk.logits = lambda *pixel: asked.setdefault(pixel, original(*pixel).clone())
-    nb.draw_pixels(walk, known, nb.uniform_streams(n, 784, 0, "cpu"), start, 784)
+    nb.draw_pixels([walk], known, nb.uniform_streams(n, 784, 0, "cpu"), start, 784)
     full = network(walk.images)
     assert max((full[:, :, r, c] - logits).abs().max() for (r, c), logits in asked.items()) < bound
     assert len(asked) == 784 - start - 3 * 28

@@ -169,6 +169,6 @@ def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
     sums = nb.read_sums(root / "checkpoints" / "SHA256SUMS")
     assert set(sums) == {p.name for p in (root / "checkpoints").glob("*.pt")}
     for name in sums:
-        network = nb.Proposal if "proposal" in name else nb.PixelCNN
+        network = nb.GuideNetwork if "guide" in name else nb.PixelCNN
         model = nb.load_checkpoint(root / "checkpoints" / name, "cpu", network)
         assert nb.leaked_difference(model, torch.randint(0, 256, (3, 28, 28))) == 0 or model.config.first_mask == "B"

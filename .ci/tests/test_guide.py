@@ -1,4 +1,4 @@
-"""The learned proposal: it never reads what it must not, and whatever it says, the answers are the table's."""
+"""The learned guide: it never reads what it must not, and whatever it says, the answers are the table's."""
 
 import copy
 from dataclasses import replace
@@ -6,75 +6,84 @@ from functools import partial
 
 import pytest
 import torch
-from bounds import t_bound
-from test_kernels import assert_reversible, forced_ratios, known_mask, matrix_of
+from bounds import chi_square_bound, t_bound
+from test_kernels import assert_reversible, forced_ratios, known_mask, matrix_of, wrong_acceptance
 
 
 @pytest.fixture(scope="module")
-def proposal(nb, tiny):
-    """A proposal with random weights: its hints are strong and mean nothing. Its exponents do not sum to 1."""
+def guide(nb, tiny):
+    """A guide with random weights: its hints are strong and mean nothing. Its exponents do not sum to 1."""
     torch.manual_seed(3)
-    proposal = nb.Proposal.starting_from(tiny, (1, 2))
-    for parameter in proposal.encoder.parameters():
+    network = nb.GuideNetwork.starting_from(tiny, (1, 2))
+    for parameter in network.encoder.parameters():
         parameter.add_(0.15 * torch.randn_like(parameter))
-    proposal.powers.copy_(torch.tensor([0.7, 0.6]))
-    return proposal
+    network.powers.copy_(torch.tensor([0.7, 0.6]))
+    return nb.Guide(tiny, network)
+
+
+def log_probs_of(nb, told, images):
+    """log g of every pixel of images under a guide that was told."""
+    with torch.no_grad():
+        return nb.gather_log_probs(told.logits(images), images)
 
 
 MASKS = [(0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7)]
 
 
 def test_without_a_hint_it_is_the_model(nb, tiny, table):
-    images, start = table[0][::500], nb.Proposal.starting_from(tiny, (1,))
-    guide = start.given(tiny, images, torch.rand(images.shape) < 0.5)
-    assert (guide(images) - tiny(images)).abs().max() == 0
+    images, network = table[0][::500], nb.GuideNetwork.starting_from(tiny, (1,))
+    told = nb.Guide(tiny, network).told(images, torch.rand(images.shape) < 0.5)
+    assert (told.logits(images) - tiny(images)).abs().max() == 0
 
 
 @pytest.mark.parametrize("unknown", MASKS)
-def test_it_is_a_distribution_given_the_evidence(nb, tiny, proposal, table, evidence, unknown):
+def test_it_is_a_distribution_given_the_evidence(nb, guide, table, evidence, unknown):
     """It sums to 1 over the completions (so no factor sees a later unknown pixel), and unknown levels are not read."""
     known = known_mask(*unknown)
     support = nb.exact_posterior(*table, evidence[1], known)[0]
-    guide = proposal.given(tiny, evidence[1][None], known[None])
-    total = nb.pixel_log_probs(guide, support)[:, ~known].sum(dim=1).exp().sum().item()
-    assert abs(total - 1) < 1e-12
-    assert nb.cached_difference(guide, support) < 1e-12
+    told = guide.told(evidence[1][None], known[None])
+    log_probs = nb.guide_log_prob(guide.model, guide, support, known)
+    assert abs(log_probs.exp().sum().item() - 1) < 1e-12
+    draws, log_g = nb.guide_draws(guide.model, guide, evidence[1], known, 50, seed=1)
+    rows = [(support == draw).flatten(1).all(1).nonzero().item() for draw in draws]
+    assert (log_g - log_probs[rows]).abs().max() < 1e-12
     other = torch.where(known, evidence[1], 2 - evidence[1])
-    assert (proposal.given(tiny, other[None], known[None]).position == guide.position).all()
+    assert (guide.told(other[None], known[None]).position == told.position).all()
     changed = torch.where(known, (evidence[1] + 1) % 3, evidence[1])
-    assert (proposal.given(tiny, changed[None], known[None]).position != guide.position).any()
+    assert (guide.told(changed[None], known[None]).position != told.position).any()
 
 
-def test_each_image_of_a_batch_has_its_own_evidence(nb, tiny, proposal, evidence):
+@pytest.mark.parametrize("unknown", MASKS)
+def test_draws_follow_its_distribution(nb, guide, table, evidence, unknown):
+    """Chi-square of 20,000 draws over the completions, and of the model alone; draws of the other guide are rejected."""
+    known = known_mask(*unknown)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
+    order = nb.completion_codes(support, known, 3)
+    for name, each in (("guide", guide), ("model", None)):
+        draws, _ = nb.guide_draws(guide.model, each, evidence[1], known, 20_000, seed=2)
+        counts = torch.bincount(nb.completion_codes(draws, known, 3), minlength=len(support))[order]
+        for law, of in (("guide", guide), ("model", None)):
+            expected = 20_000 * nb.guide_log_prob(guide.model, of, support, known).exp()
+            often = expected > 5
+            statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
+            assert (statistic < chi_square_bound(int(often.sum()))) == (name == law)
+
+
+def test_each_image_of_a_batch_has_its_own_evidence(guide, evidence):
     masks = torch.stack([known_mask(*unknown) for unknown in MASKS])
-    product = proposal.given(tiny, evidence[:4], masks)
-    together = product(evidence[:4])
+    told = guide.told(evidence[:4], masks)
+    together = told.logits(evidence[:4])
     for b in range(4):
-        alone = proposal.given(tiny, evidence[b : b + 1], masks[b : b + 1])(evidence[b : b + 1])[0]
+        alone = guide.told(evidence[b : b + 1], masks[b : b + 1]).logits(evidence[b : b + 1])[0]
         assert (together[b] - alone).abs().max() < 1e-12
     chosen = torch.tensor([3, 1])
-    assert (product.select(chosen)(evidence[chosen]) - together[chosen]).abs().max() < 1e-12
+    assert (told[chosen].logits(evidence[chosen]) - together[chosen]).abs().max() < 1e-12
 
 
-def wrong(mistake, right):
-    def acceptance(beta, gain_p, gain_q, log_q_block):
-        ratio = right(beta, gain_p, gain_q, log_q_block)
-        if mistake == "no proposal ratio":
-            return ratio - log_q_block[0] + log_q_block[1]
-        if mistake == "proposal ratio upside down":
-            return ratio - 2 * (log_q_block[0] - log_q_block[1])
-        if mistake == "path without q":
-            return ratio - (1 - beta) * gain_q
-        if mistake == "beta forgotten":
-            return ratio + (1 - beta) * gain_p
-        return ratio
-    return acceptance
+MISTAKES = ["no proposal ratio", "proposal ratio upside down", "path without g", "beta forgotten"]
 
 
-MISTAKES = ["no proposal ratio", "proposal ratio upside down", "path without q", "beta forgotten"]
-
-
-def move_matrix(nb, monkeypatch, model, proposal, support, known, redrawn, guide_of, move, mistake):
+def move_matrix(nb, monkeypatch, guide, support, known, redrawn, guide_of, beta, told_all, mistake):
     """P[x, x'] of a move that redraws the pixels `redrawn` from guide_of(state), each state in a pass of its own."""
     count = len(support)
     states = support.repeat_interleave(count, 0)
@@ -83,31 +92,28 @@ def move_matrix(nb, monkeypatch, model, proposal, support, known, redrawn, guide
     chance = []
     for state in support:
         drawn = torch.where(redrawn, support, state)
-        chance.append(nb.pixel_log_probs(guide_of(state), drawn)[:, redrawn].sum(1).exp())
-    guided = nb.Guided(proposal.given(model, support[:1], known[None]), states, known)
-    ratios = forced_ratios(nb, monkeypatch, "guided_log_acceptance", wrong(mistake, nb.guided_log_acceptance), forced,
-                           lambda: move(guided))
+        chance.append(log_probs_of(nb, guide_of(state), drawn)[:, redrawn].sum(1).exp())
+    told = guide.told(support[:1], known[None])
+    ratios = forced_ratios(nb, monkeypatch, wrong_acceptance(nb, mistake), forced, lambda accept: nb.redraw(
+        nb.start(told, states), told, redrawn, beta, torch.Generator(), told_all, accept))
     return matrix_of(nb, support, known, states, forced, torch.cat(chance) / twins, ratios)
 
 
-def block_matrix(nb, monkeypatch, model, proposal, support, known, block, beta, mistake=None):
-    """P[x, x'] of `redraw_block` on the completions `support`."""
-    return move_matrix(nb, monkeypatch, model, proposal, support, known, block,
-                       lambda state: proposal.given(model, state[None], ~block[None]),
-                       lambda guided: nb.redraw_block(guided, proposal, block, beta, torch.Generator()), mistake)
+def block_matrix(nb, monkeypatch, guide, support, known, block, beta, mistake=None):
+    """P[x, x'] of a redrawn block on the completions `support`."""
+    return move_matrix(nb, monkeypatch, guide, support, known, block,
+                       lambda state: guide.told(state[None], ~block[None]), beta, True, mistake)
 
 
-def tail_matrix(nb, monkeypatch, model, proposal, support, known, start, beta, mistake=None):
-    """P[x, x'] of `redraw_tail` on the completions `support`."""
-    tail = ~known & (torch.arange(9).view(3, 3) >= start)
-    return move_matrix(nb, monkeypatch, model, proposal, support, known, tail,
-                       lambda state: proposal.given(model, state[None], known[None]),
-                       lambda guided: nb.redraw_tail(guided, start, beta, torch.Generator()), mistake)
+def tail_matrix(nb, monkeypatch, guide, support, known, start, beta, mistake=None):
+    """P[x, x'] of a redrawn tail on the completions `support`."""
+    return move_matrix(nb, monkeypatch, guide, support, known, nb.pixels_between(~known, start, 9),
+                       lambda state: guide.told(state[None], known[None]), beta, False, mistake)
 
 
-def bridged(nb, model, proposal, support, known, beta):
-    log_q = nb.pixel_log_probs(proposal.given(model, support[:1], known[None]), support)[:, ~known].sum(1)
-    return torch.softmax((1 - beta) * log_q + beta * nb.log_prob(model, support), dim=0)
+def bridged(nb, guide, support, known, beta):
+    log_g = nb.guide_log_prob(guide.model, guide, support, known)
+    return torch.softmax((1 - beta) * log_g + beta * nb.log_prob(guide.model, support), dim=0)
 
 
 MOVES = [(block_matrix, unknown, ~known_mask(*redrawn)) for unknown, redrawn in (
@@ -116,34 +122,34 @@ MOVES += [(tail_matrix, unknown, start) for unknown, start in (
     ((0, 1, 2), 0), ((0, 1, 2), 1), ((0, 1, 4), 1), ((1, 5, 6), 5), ((3, 4, 8), 3))]
 
 
-def matrix_and_target(nb, monkeypatch, tiny, proposal, table, image, move, beta, mistake=None):
+def matrix_and_target(nb, monkeypatch, guide, table, image, move, beta, mistake=None):
     """(P[x, x'] of one of MOVES, its target) on the completions of the image's known pixels."""
     matrix, unknown, where = move
     known = known_mask(*unknown)
     support = nb.exact_posterior(*table, image, known)[0]
-    return (matrix(nb, monkeypatch, tiny, proposal, support, known, where, beta, mistake),
-            bridged(nb, tiny, proposal, support, known, beta))
+    return (matrix(nb, monkeypatch, guide, support, known, where, beta, mistake),
+            bridged(nb, guide, support, known, beta))
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0])
 @pytest.mark.parametrize("move", MOVES)
-def test_a_move_keeps_the_target(nb, tiny, proposal, table, evidence, monkeypatch, move, beta):
+def test_a_move_keeps_the_target(nb, guide, table, evidence, monkeypatch, move, beta):
     """Blocks and tails: rows sum to 1, pi P = pi and detailed balance, within 1e-12."""
-    assert_reversible(*matrix_and_target(nb, monkeypatch, tiny, proposal, table, evidence[1], move, beta))
+    assert_reversible(*matrix_and_target(nb, monkeypatch, guide, table, evidence[1], move, beta))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("move", [MOVES[1], MOVES[6]])
-def test_a_wrong_acceptance_does_not(nb, tiny, proposal, table, evidence, monkeypatch, move, mistake):
-    matrix, pi = matrix_and_target(nb, monkeypatch, tiny, proposal, table, evidence[1], move, 0.4, mistake)
+def test_a_wrong_acceptance_does_not(nb, guide, table, evidence, monkeypatch, move, mistake):
+    matrix, pi = matrix_and_target(nb, monkeypatch, guide, table, evidence[1], move, 0.4, mistake)
     assert (pi @ matrix - pi).abs().max() > 1e-4
 
 
-def ratio_z(nb, tiny, proposal, table, image, known, seed):
+def ratio_z(nb, tiny, guide, table, image, known, seed):
     """z of E[Z-hat / Z] = 1 and of each completion's probability, over 40 replicates."""
     support, posterior, log_evidence = nb.exact_posterior(*table, image, known)
     budget = nb.Budget(replicates=40, initial=400, particles=100, ess_fraction=0.8, tile=2)
-    found = nb.complete(tiny, image, known, 1, budget, seed, proposal).diagnostics
+    found = nb.complete(tiny, image, known, 1, budget, seed, guide).diagnostics
     ratio = (found["log_evidences"] - log_evidence).exp()
     codes = [nb.completion_codes(replicate, known, 3) for replicate in found["particles"]]
     counts = torch.stack([torch.bincount(code, minlength=len(support)) for code in codes]).double() / 100
@@ -155,26 +161,24 @@ def ratio_z(nb, tiny, proposal, table, image, known, seed):
 
 
 @pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 1, 4)])
-def test_a_meaningless_proposal_still_gives_the_right_answer(nb, tiny, proposal, table, evidence, unknown):
+def test_a_meaningless_guide_still_gives_the_right_answer(nb, tiny, guide, table, evidence, unknown):
     """Detects 6 standard errors of 40 replicates: a few per cent in Z."""
-    of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(*unknown), seed=1)
+    of_evidence, of_completions = ratio_z(nb, tiny, guide, table, evidence[1], known_mask(*unknown), seed=1)
     assert abs(of_evidence) < t_bound(40) and of_completions < t_bound(40)
 
 
-def test_weights_without_q_are_rejected(nb, tiny, proposal, table, evidence, monkeypatch):
-    """Negative control: the log factor without log q is another target's."""
-    right = nb.LearnedPath.log_factor
-    monkeypatch.setattr(nb.LearnedPath, "log_factor", lambda path, images: right(path, images) + (
-        nb.pixel_log_probs(path.guide, images)[:, ~path.known].sum(dim=1)))
-    of_evidence, of_completions = ratio_z(nb, tiny, proposal, table, evidence[1], known_mask(0, 1, 2), seed=1)
+def test_weights_without_g_are_rejected(nb, tiny, guide, table, evidence, monkeypatch):
+    """Negative control: log weights without log g are another target's."""
+    monkeypatch.setattr(nb, "log_weight", lambda state, guide: state.log_p.sum(dim=(1, 2)))
+    of_evidence, of_completions = ratio_z(nb, tiny, guide, table, evidence[1], known_mask(0, 1, 2), seed=1)
     assert abs(of_evidence) > t_bound(40) or of_completions > t_bound(40)
 
 
-def d_from_some_particles_z(nb, tiny, proposal, table, image):
+def d_from_some_particles_z(nb, tiny, guide, table, image):
     """Largest |z| over seeds of D from two of sixteen particles that resampling left and no move has mixed."""
     budget = nb.Budget(replicates=8, initial=64, particles=16, sweeps=0, tails=0, ess_fraction=0.3,
                        exact_per_replicate=2)
-    answers = torch.stack([nb.conditional_given_future(tiny, image, (1, 1), budget, seed, proposal).probs
+    answers = torch.stack([nb.conditional_given_future(tiny, image, (1, 1), budget, seed, guide).probs
                            for seed in range(160)])
     known = known_mask(0, 1, 2, 3, 4)
     support, posterior, _ = nb.exact_posterior(*table, image, known)
@@ -182,19 +186,19 @@ def d_from_some_particles_z(nb, tiny, proposal, table, image):
     return (160**0.5 * (answers.mean(0) - exact) / answers.std(0)).abs().max().item()
 
 
-def test_d_from_some_of_the_particles_is_unbiased(nb, tiny, proposal, table, evidence, monkeypatch):
+def test_d_from_some_of_the_particles_is_unbiased(nb, tiny, guide, table, evidence, monkeypatch):
     """|z| < 5.2; the first two slots instead of random ones miss heavy ancestors and are rejected."""
-    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) < t_bound(160)
+    assert d_from_some_particles_z(nb, tiny, guide, table, evidence[2]) < t_bound(160)
     monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
-    assert d_from_some_particles_z(nb, tiny, proposal, table, evidence[2]) > t_bound(160)
+    assert d_from_some_particles_z(nb, tiny, guide, table, evidence[2]) > t_bound(160)
 
 
 def backward_z(nb, tiny, table, image, known, starts):
-    """z of E[Z * weight] = 1 for backward walks from the images `starts`, with a proposal that has no hint."""
+    """z of E[Z * weight] = 1 for backward walks from the images `starts`, with a guide that has no hint."""
     budget = nb.Budget(tile=2, tails=0)  # with tails even a wrong start is forgotten at once
-    path = nb.LearnedPath(tiny, nb.Proposal.starting_from(tiny, (1,)), image, known, budget)
+    guide = nb.Guide(tiny, nb.GuideNetwork.starting_from(tiny, (1,))).told(image[None], known[None])
     log_evidence = nb.exact_posterior(*table, image, known)[2]
-    weights = nb.backward_log_weights(path, starts, [0.2, 0.5, 1.0], torch.Generator().manual_seed(0))
+    weights = nb.backward_log_weights(guide, starts, [0.2, 0.5, 1.0], budget, torch.Generator().manual_seed(0))
     ratio = (weights + log_evidence).exp()
     return (len(ratio) ** 0.5 * (ratio.mean() - 1) / ratio.std()).item()
 
@@ -231,28 +235,28 @@ def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
-    """KL(posterior || q) of the 3x3 model after 400 steps is at most 0.9 of the prior's, and it reloads.
+    """KL(posterior || g) of the 3x3 model after 400 steps is at most 0.9 of the prior's, and it reloads.
 
     Of 20 seeds 19 come below 0.5 and one reaches 0.81; without learning it is 1.
     """
     config = replace(tiny.config, encoder=(1, 2), images_seen=12_800, validate_every=200)
     images = nb.sample(tiny, 4000, seed=2, batch_size=4000)
-    start, model = nb.Proposal.starting_from(tiny, (1, 2)).float(), copy.deepcopy(tiny).float()
-    path = tmp_path / "proposal.pt"
+    start, model = nb.GuideNetwork.starting_from(tiny, (1, 2)).float(), copy.deepcopy(tiny).float()
+    path = tmp_path / "guide.pt"
     trained, history = nb.train(config, images, images[:500], path=path, device="cpu", initial=start,
-                                network=nb.Proposal, loss=partial(nb.proposal_loss, model),
-                                score=partial(nb.proposal_bits, model))
-    assert history[-1]["validation_bits"] < nb.proposal_bits(model, start, images[:500]).mean()
+                                network=nb.GuideNetwork, loss=partial(nb.guide_loss, model),
+                                score=partial(nb.guide_bits, model))
+    assert history[-1]["validation_bits"] < nb.guide_bits(model, start, images[:500]).mean()
     before = after = 0.0
     for image in evidence:
         known = known_mask(0, 1, 2)
         support, posterior, _ = nb.exact_posterior(*table, image, known)
-        for proposal in (start, trained):
-            log_q = nb.pixel_log_probs(proposal.given(model, image[None], known[None]), support)[:, ~known].sum(1)
-            divergence = (posterior * (posterior.log() - log_q)).sum().item()
-            before, after = (before + divergence, after) if proposal is start else (before, after + divergence)
+        for network in (start, trained):
+            log_g = nb.guide_log_prob(model, nb.Guide(model, network), support, known)
+            divergence = (posterior * (posterior.log() - log_g)).sum().item()
+            before, after = (before + divergence, after) if network is start else (before, after + divergence)
     assert after < 0.9 * before
-    again = nb.load_checkpoint(path, "cpu", nb.Proposal)
+    again = nb.load_guide(path, model, "cpu").network
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values()))
     with pytest.raises(ValueError, match="of a PixelCNN"):
         nb.load_checkpoint(path, "cpu")
@@ -262,9 +266,9 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
 def test_one_hidden_pixel_at_full_size(nb, root, mnist):
     """The released networks, 28x28 and 256 levels in float32: log Z within 8.4 standard errors (or 0.05 nats) of E's."""
     model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
-    proposal = nb.load_checkpoint(root / "checkpoints" / "small_proposal.pt", "cpu", nb.Proposal)
+    guide = nb.load_guide(root / "checkpoints" / "small_guide.pt", model, "cpu")
     budget = nb.Budget(replicates=16, initial=16, particles=8)
-    exact, completion, distance, floor = nb.one_pixel_check(model, mnist[2][3], (14, 14), budget, proposal=proposal)
+    exact, completion, distance, floor = nb.one_pixel_check(model, mnist[2][3], (14, 14), budget, guide=guide)
     stderr = nb.log_mean(completion.diagnostics["log_evidences"])[1]
     assert abs(completion.log_evidence - exact) < max(0.05, t_bound(16) * stderr)
     assert distance < 2 * floor + 0.05
