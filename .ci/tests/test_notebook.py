@@ -85,15 +85,17 @@ def test_figures_have_alt_text_also_as_html(executed):
     assert len(alts) >= 20 and "No description has been provided for this image" not in alts
 
 
-def test_every_number_in_the_readme_is_in_the_results(root):
-    """A figure in the README is written as `value<!-- name -->`, with as many digits as it likes."""
+@pytest.mark.parametrize("where", ["README.md", "the notebook's first cell"])
+def test_every_marked_number_is_in_the_results(root, cells, where):
+    """A figure is written as `value<!-- name -->`, with as many digits as it likes."""
     results = json.loads((root / "figures" / "results.json").read_text())
-    marked = re.findall(r"([\d,.]+)<!-- (\w+?)(_stderr)? -->", (root / "README.md").read_text())
-    assert len(marked) >= 5
+    text = (root / where).read_text() if where == "README.md" else "".join(cells[0]["source"])
+    marked = re.findall(r"([\d,.]+)<!-- (\w+?)(_stderr)? -->", text)
+    assert len(marked) >= 10
     for shown, name, stderr in marked:
         value = results[name]["stderr" if stderr else "value"]
         digits = len(shown.split(".")[1]) if "." in shown else 0
-        assert f"{value:,.{digits}f}" == shown, f"{name}: README says {shown}, results.json {value}"
+        assert f"{value:,.{digits}f}" == shown, f"{name}: {where} says {shown}, results.json {value}"
 
 
 def test_the_released_model_beats_its_bar(root):
