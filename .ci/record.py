@@ -1,11 +1,12 @@
 """The record in one command: trains `small` by its recipe, then its guide, then `large` for the time that is left;
 scores what is finished on the test set, and times the notebook with the checkpoints that are committed.
 
-usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,large,score,notebook]
+usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,large,score,notebook | weights]
                             [--processes 2] [--tiny]
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
-the other core is busy: they wait for each other); on a GPU there is one process. The folder keeps <name>.state while a network trains, then <name>.pt with its history, SHA256SUMS,
+the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an unfinished `small` into .ci/record, to travel in git; a folder
+without a state begins there, with fresh optimisers and what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history, SHA256SUMS,
 scores.json and notebook.json.
 """
 import argparse
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+CARRIED = ROOT / ".ci" / "record"
 NAMES = {"small": "small.pt", "guide": "small_guide.pt", "large": "large.pt"}
 
 
@@ -92,6 +94,31 @@ def fitting(nb, config, path, images, device, minutes):
     return replace(config, images_seen=json.loads(kept.read_text()))
 
 
+def going_on(nb, config, path, device):
+    """(config for the images that are left, initial=model) if weights in .ci/record stand in for a lost state."""
+    kept, weights = path.with_name("continued.json"), CARRIED / path.name
+    if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
+        return config, {}
+    initial = nb.load_checkpoint(weights, device.type)
+    if not kept.exists():
+        kept.write_text(json.dumps(initial.history[-1]["images"]))
+    return replace(config, images_seen=config.images_seen - json.loads(kept.read_text())), dict(initial=initial)
+
+
+def weights(options):
+    """Put the weights of the unfinished `small` into .ci/record."""
+    nb, path = definitions(), Path(options.folder) / NAMES["small"]
+    state = torch.load(path.with_suffix(".state"), map_location="cpu", weights_only=True)
+    model = nb.PixelCNN(nb.Config(**state["config"]))
+    model.load_state_dict(state["parts"][0])  # the running weights: the average lags behind
+    images = state["before"]["images"] + state["step"] * state["config"]["batch_size"]
+    history = [*state["history"], dict(images=images, seconds=state["before"]["seconds"] + state["seconds"],
+                                       train_bits=math.nan, validation_bits=math.nan)]
+    (CARRIED / path.name).unlink(missing_ok=True)
+    nb.save_checkpoint(model, history, CARRIED / path.name)
+    print(f"weights after {images:,} images are in {CARRIED / path.name}")
+
+
 def work(rank, world, stage, options, minutes):
     """One process's part of a stage; process 0 keeps the state and validates."""
     nb, folder = definitions(), Path(options.folder)
@@ -107,6 +134,8 @@ def work(rank, world, stage, options, minutes):
         extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
         digits = images
         images = lambda: torch.cat([digits, nb.sample(model, 64 if options.tiny else 27_000, seed=59).cpu()])
+    if stage == "small":
+        config, extra = going_on(nb, config, path, device)
     if stage == "large":
         config = fitting(nb, config, path, images, device, minutes)
     loss = whole_loss
@@ -207,8 +236,8 @@ def main():
             if not trained(stage, options, end):
                 print(f"{stage} is not finished; run again to go on")
                 return
-        elif stage == "score":
-            score(options)
+        elif stage in ("score", "weights"):
+            (score if stage == "score" else weights)(options)
         else:
             notebook(options, end)
 
