@@ -69,6 +69,12 @@ def test_draws_follow_its_distribution(nb, guide, table, evidence, unknown):
             assert (statistic < chi_square_bound(int(often.sum()))) == (name == law)
 
 
+def test_where_all_is_known_its_draw_is_the_image(nb, guide, evidence):
+    for each in (guide, None):
+        draws, log_g = nb.guide_draws(guide.model, each, evidence[1], torch.ones(3, 3, dtype=torch.bool), 2)
+        assert (draws == evidence[1]).all() and (log_g == 0).all()
+
+
 def test_each_image_of_a_batch_has_its_own_evidence(guide, evidence):
     masks = torch.stack([known_mask(*unknown) for unknown in MASKS])
     told = guide.told(evidence[:4], masks)
