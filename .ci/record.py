@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,7 +171,8 @@ def trained(stage, options, end):
     # The size of `large` depends on the minutes: one process settles it.
     world = 1 if torch.cuda.is_available() or stage == "large" else options.processes
     context, minutes = mp.get_context("spawn"), max(end - time.monotonic(), 0) / 60
-    workers = [context.Process(target=work, args=(rank, world, stage, options, minutes)) for rank in range(world)]
+    workers = [context.Process(target=work, args=(rank, world, stage, options, minutes), daemon=True)
+               for rank in range(world)]
     for worker in workers:
         worker.start()
     while time.monotonic() < end and all(worker.is_alive() for worker in workers):
@@ -231,6 +233,7 @@ def main():
     folder = Path(options.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     options.folder = str(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers, daemons, end as well
     for stage in options.stages.split(","):
         if stage in NAMES:
             if not trained(stage, options, end):
