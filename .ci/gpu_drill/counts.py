@@ -72,20 +72,18 @@ steps = run.steps
 line(f"a training step, batch {run.config.batch_size}", *once, 3 * one_pass * run.config.batch_size, 1)
 line("training the model", *(steps * x for x in once), 3 * one_pass * run.config.images_seen, 1)
 
-half, few = torch.arange(784).view(28, 28) >= 392, nb.Budget(replicates=4, initial=4, particles=2, tails=1)
+half = torch.arange(784).view(28, 28) >= 392
 told = guide.told(image[None].cuda(), half[None].cuda())
-particles = nb.start(told, told.draw(image.cuda(), 2, 0))
+particles = nb.start(told, told.draw(image.cuda(), 2, 0)[0])
 generator = torch.Generator().manual_seed(0)
-block = torch.zeros(28, 28, dtype=torch.bool)
-block[7:14, 7:14] = True
-line("one block move (7x7), 64 particles", *counted(lambda: nb.redraw(
-    particles, told, block.cuda(), 0.5, generator, told_all=True)), 64 * one_pass * 4)
-tail = counted(lambda: nb.redraw(particles, told, ~half.cuda(), 0.5, generator))
-line("a tail from the first pixel, 64 particles", *tail, 64 * one_pass * 3)
-temperature = [a + 5 * b / 2 for a, b in zip(counted(lambda: nb.move(particles, told, few, 0.5, generator)), tail)]
+band = torch.zeros(28, 28, dtype=torch.bool)
+band[4:10] = True
+move = counted(lambda: nb.redraw(particles, told, band.cuda(), 0.5, generator))
+line("a band of six rows redrawn, 64 particles", *move, 64 * one_pass * 5)
 draw = counted(lambda: told.draw(image.cuda(), 2, 0))
-line("a temperature of G: a sweep of blocks and six tails", *(round(x) for x in temperature), 64 * one_pass * (4 * 13 + 9))
-for temperatures in (8,):
-    whole = [5 * d + 1.5 * temperatures * t for d, t in zip(draw, temperature)]  # the pilot run moves a fourth
-    line(f"G, one digit: draws, a pilot and {temperatures} temperatures", *(round(x) for x in whole),
-         1280 * 2 * one_pass + 1.25 * temperatures * 64 * one_pass * (4 * 13 + 9))
+line("1024 draws of the top half, weighted", *(4 * x for x in draw), 1024 * one_pass * 2.5)
+# A batch has the launches of one image: four parts of 256 draws an image are, though, drawn image by image.
+for images in (1, 10):
+    whole = [images * 4 * d + 2.5 * (4 + 2) * m for d, m in zip(draw, move)]  # four temperatures and two sweeps
+    line(f"G, {images} digit{'s' * (images > 1)}, a round of four temperatures and two sweeps",
+         *(round(x) for x in whole), images * (1024 * 2.5 + 6 * 2.5 * 64 * 5) * one_pass)

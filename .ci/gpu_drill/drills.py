@@ -41,7 +41,7 @@ for parameter in NETWORK.encoder.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
-BUDGET = nb.Budget(replicates=4, initial=16, particles=8, tile=3, tails=2)
+BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1)
 CUDA = torch.device("cuda", 0)
 
 
@@ -65,7 +65,8 @@ def numbers(answer):
     if isinstance(answer, nb.Estimate):
         return [answer.probs, *([] if answer.stderr is None else [answer.stderr])]
     if isinstance(answer, nb.Completion):
-        return [answer.draws, torch.tensor(answer.log_evidence), answer.diagnostics.get("log_evidences", torch.zeros(0))]
+        found = answer.diagnostics.get("replicates")
+        return [answer.draws, torch.tensor(answer.log_evidence), *([] if found is None else [found.draws, found.log_w])]
     if isinstance(answer, (tuple, list)):
         return [number for part in answer for number in numbers(part)]
     return [answer] if isinstance(answer, (torch.Tensor, float, int)) else []
@@ -103,11 +104,17 @@ SAME_CALL = {
     "complete with a guide": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, guide=g),
     "guide_draws": lambda m, g, to: nb.guide_draws(m, g, to(IMAGES[0]), to(KNOWN), 4),
     "guide_log_prob": lambda m, g, to: nb.guide_log_prob(m, g, to(IMAGES), to(KNOWN)),
+    "complete, a batch": lambda m, g, to: [
+        nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
+    "tempered_against_table": lambda m, g, to: list(nb.tempered_against_table(
+        g, IMAGES[0].to(m.position.device), FEW.to(m.position.device),
+        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), BUDGET, 1).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
     "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3)[:3],
-    "compare_samplers": lambda m, g, to: nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, 8, guide=g)[0],
+    "compare_samplers": lambda m, g, to: [
+        torch.tensor(row[1:]) for row in nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, [0.0, 0.5, 1.0], 8, guide=g)],
     "sandwich": lambda m, g, to: nb.sandwich(g, to(IMAGES[0]), to(KNOWN), BUDGET),
     "one_pixel_check": lambda m, g, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),

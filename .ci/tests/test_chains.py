@@ -1,52 +1,20 @@
-"""Parallel tempering against enumeration, and what is said of chains against ArviZ."""
+"""Parallel tempering and exact Gibbs sampling against enumeration."""
 
 import math
 
-import arviz
-import numpy as np
 import pytest
 import torch
-from bounds import MANY, t_bound
+from bounds import t_bound
 from test_inference import sweep
 from test_kernels import known_mask, tempered
 
 BETAS = [0.0, 0.3, 0.6, 1.0]
 
 
-def chains_of(kind, seed):
-    """float64 [chains, draws]: autocorrelated, with ties, with one chain apart, or drifting."""
-    rng = np.random.default_rng(seed)
-    chains, draws, memory = rng.integers(2, 7), int(rng.integers(8, 300)), rng.choice([-0.5, 0, 0.3, 0.9, 0.99])
-    noise, values = rng.normal(size=(chains, draws)), np.zeros((chains, draws))
-    for t in range(draws):
-        values[:, t] = noise[:, t] + (memory * values[:, t - 1] if t else 0)
-    if kind == "ties":
-        values = np.round(values)
-    if kind == "apart":
-        values[0] += 20
-    if kind == "drift":
-        values += np.linspace(0, 5, draws)
-    if kind == "stuck":  # each chain at a value of its own
-        values = np.broadcast_to(rng.normal(size=(chains, 1)), values.shape).copy()
-    return values
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["random", "ties", "apart", "drift", "stuck"])
-def test_ess_mcse_and_split_rhat_agree_with_arviz(nb, kind):
-    for seed in range(30):
-        values = chains_of(kind, seed)
-        ours, halves = torch.from_numpy(values), nb.split_chains(torch.from_numpy(values))
-        for mine, theirs in ((nb.bulk_ess(ours), arviz.ess(values, method="bulk")),
-                             (nb.chain_ess(halves), arviz.ess(values, method="mean")),
-                             (nb.mcse_mean(ours), arviz.mcse(values, method="mean")),
-                             (nb.rhat(halves), arviz.rhat(values, method="rank"))):
-            assert mine == pytest.approx(float(theirs), rel=1e-6) or min(mine, theirs) > 1e9
-
-
-def test_constant_chains_are_undetermined(nb):
-    same = torch.ones(4, 40, dtype=torch.float64)
-    assert all(math.isnan(f(same)) for f in (nb.bulk_ess, nb.chain_ess, nb.mcse_mean))
+def z_of_chains(hits, probability):
+    """z of the mean of independent chains, float64 [chains, rounds], against the truth."""
+    means = hits.mean(dim=1)
+    return ((means.mean() - probability) / (means.std() / len(means) ** 0.5)).item()
 
 
 def worst_z(nb, tiny, table, image, known, rounds=400):
@@ -61,19 +29,19 @@ def worst_z(nb, tiny, table, image, known, rounds=400):
     for completion, probability in zip(support, posterior):
         if probability > 0.02:
             hits = (images == completion).flatten(2).all(2).double()[:, 20:]
-            zs.append(((hits.mean() - probability) / nb.mcse_mean(hits)).item())
+            zs.append(z_of_chains(hits, probability))
     steps = torch.tensor(BETAS).double().diff()[:, None]
     stones = ((steps * evidences[:, :-1, 20:]).logsumexp(2) - math.log(rounds - 20)).sum(1)
-    estimate, stderr = nb.log_mean(stones)
+    ratio = (stones - log_evidence).exp()
     assert len(zs) >= 2
-    return max(map(abs, zs)), (estimate - log_evidence) / stderr
+    return max(map(abs, zs)), 4 * (ratio.mean() - 1) / ratio.std()
 
 
 @pytest.mark.parametrize("unknown", [(0, 1, 2), (1, 5, 6, 8)])
 def test_parallel_tempering_agrees_with_the_table(nb, tiny, table, evidence, unknown):
-    """Detects an error of 5 standard errors, about 0.04 for a completion of probability 0.3; in log Z of 8.4."""
+    """Detects 8.4 standard errors of 16 chains, about 0.06 for a completion of probability 0.3, and in log Z."""
     z, z_of_evidence = worst_z(nb, tiny, table, evidence[1], known_mask(*unknown))
-    assert z < MANY and abs(z_of_evidence) < t_bound(16)
+    assert z < t_bound(16) and abs(z_of_evidence) < t_bound(16)
 
 
 @pytest.mark.parametrize("mistake", ["all swaps accepted", "swaps accepted the wrong way round"])
@@ -85,7 +53,7 @@ def test_wrong_swaps_are_rejected(nb, tiny, table, evidence, monkeypatch, mistak
         return right(order, betas, evidence, parity, generator)
 
     monkeypatch.setattr(nb, "swap_neighbours", wrong)
-    assert worst_z(nb, tiny, table, evidence[1], known)[0] > MANY
+    assert worst_z(nb, tiny, table, evidence[1], known)[0] > t_bound(16)
 
 
 def swaps_are_right(nb, tiny, table, evidence, monkeypatch, sign):
@@ -149,17 +117,17 @@ def test_the_matrix_of_a_gibbs_sweep_keeps_the_posterior(nb, tiny, table, eviden
 
 
 def test_gibbs_sampling_agrees_with_the_table(nb, tiny, table, evidence):
-    """Detects an error of 5 standard errors, about 0.06 for a completion of probability 0.3."""
+    """Detects 12 standard errors of 8 chains, about 0.1 for a completion of probability 0.3."""
     known, generator = torch.arange(9).view(3, 3) > 2, torch.Generator().manual_seed(0)
     support, posterior, _ = nb.exact_posterior(*table, evidence[1], known)
     chains = []
-    for start in nb.sample(tiny, 4, image=evidence[1], known=known, seed=2):
+    for start in nb.sample(tiny, 8, image=evidence[1], known=known, seed=2):
         chain = [start]
-        for _ in range(400):
+        for _ in range(250):
             chain.append(nb.gibbs_sweep(tiny, chain[-1], known, generator))
         chains.append(torch.stack(chain[20:]))
     images = torch.stack(chains)
     for completion, probability in zip(support, posterior):
         if probability > 0.02:
             hits = (images == completion).flatten(2).all(2).double()
-            assert abs(hits.mean() - probability) < MANY * nb.mcse_mean(hits)
+            assert abs(z_of_chains(hits, probability)) < t_bound(8)

@@ -67,11 +67,14 @@ def z_of(log_probs, draws):
 def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 8.4 standard errors of 16 replicates."""
     image, known, log_probs, log_evidence = pair
-    budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2, ess_fraction=0.8)
-    found = nb.complete(model, image, known, 1, budget, 3, guide if learned else None).diagnostics
-    ratio = (found["log_evidences"] - log_evidence).exp()
+    told, generator = (guide if learned else nb.Guide(model)).told(image[None], known[None]), torch.Generator().manual_seed(3)
+    draws, weights, _ = told.draw(image, 16 * 32, 3)
+    budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2)
+    state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights.view(1, 16, 32), budget, generator)
+    nb.move(state, told, budget, 1.0, generator)
+    ratio = (log_z[0] - log_evidence).exp()
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4
-    assert z_of(log_probs, found["particles"]) < BOUND
+    assert z_of(log_probs, state.images.view(16, 8, 28, 28)) < BOUND
 
 
 def test_parallel_tempering_and_gibbs_meet_it_and_forward_gibbs_does_not(nb, model, pair):
@@ -108,7 +111,7 @@ def statistic_of(nb, guide, kernel, n=96, accept=None):
             where = nb.pixels_between(~known, place, place + 4)
         else:
             where[place[0] : place[0] + 4, place[1] : place[1] + 4] = True
-        nb.redraw(state, guide, where, 1.0, generator, kernel == "block", accept)
+        nb.redraw(state, guide, where, 1.0, generator, accept)
     return rank_statistic(lambda index: nb.start(guide, images[index]), lambda state: state.log_p[:, known].sum(1), n,
                           move, sites, 73, NEAR)
 

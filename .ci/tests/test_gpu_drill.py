@@ -57,12 +57,12 @@ def test_a_gpu_that_is_not_there_is_one_clear_line(nb, monkeypatch):
 
 
 def test_moves_in_small_parts_give_the_same_answer(nb, tiny, evidence):
-    """As where memory is short: runs, blocks and tails, in parts of three particles."""
-    known, budget = torch.arange(9).view(3, 3) > 3, nb.Budget(4, 20, 10, tile=2)
+    """As where memory is short: runs, bands and tails, in parts of three particles."""
+    known, budget = torch.arange(9).view(3, 3) > 3, nb.Budget(4, 20, 10, band=2)
     network = nb.GuideNetwork.starting_from(tiny, (1, 2))
     for network in (None, network):
         guide, ends = nb.Guide(tiny, network).told(evidence[:1], known[None]), []
-        starts = guide.draw(evidence[0], 20, seed=1)
+        starts = guide.draw(evidence[0], 20, seed=1)[0]
         for guide.batch in (None, 3, 1):
             particles = nb.start(guide, starts)
             nb.move(particles, guide, budget, 0.7, torch.Generator().manual_seed(2))

@@ -11,24 +11,35 @@ def known_mask(*unknown):
     return known
 
 
-def forced_ratios(nb, monkeypatch, acceptance, forced, move):
-    """The log ratios that move(accept) computes by `acceptance` when all its proposals are `forced`."""
-    ratios = []
+def forced_chances(nb, monkeypatch, acceptance, states, forced, guide, redrawn, beta, look):
+    """With what probability `redraw` accepts the proposals `forced` that differ from the states, all in one part.
+
+    Both its decisions are left to the acceptance that it computes: its random numbers are made so small that all pass.
+    """
+    ratios, real = [], nb.draw_pixels
 
     def recorded(*arguments):
         ratios.append(acceptance(*arguments))
         return ratios[-1]
 
+    def draw(walks, known, *rest, **options):
+        walks[0].images.copy_(forced)
+        return real(walks, torch.ones_like(known), *rest, **options)
+
+    guide.batch = len(states)
     with monkeypatch.context() as patch:
-        patch.setattr(nb, "draw_pixels", lambda walks, *_: walks[0].images.copy_(forced))
-        move(recorded)
-    return ratios[0]
+        patch.setattr(nb, "draw_pixels", draw)
+        patch.setattr(nb, "uniform", lambda shape, *_: torch.zeros(shape, dtype=torch.float64))
+        nb.redraw(nb.start(guide, states), guide, redrawn, beta, torch.Generator(), recorded, look)
+    early, whole = ratios
+    there, back = (nb.LOOSE + early).clamp(max=0), (nb.LOOSE - early).clamp(max=0)
+    return there.exp() * (whole + back - there).clamp(max=0).exp()
 
 
-def matrix_of(nb, support, known, states, forced, proposal, log_ratios):
-    """P[x, x'] from every proposal `forced` at every state, its probability, and the log ratios of those that differ."""
+def matrix_of(nb, support, known, states, forced, proposal, chances):
+    """P[x, x'] from every proposal `forced` at every state, its probability, and how often those that differ are accepted."""
     accepted, count = torch.ones(len(states), dtype=torch.float64), len(support)
-    accepted[(forced != states).flatten(1).any(1)] = log_ratios.clamp(max=0).exp()
+    accepted[(forced != states).flatten(1).any(1)] = chances
     order = {code: number for number, code in enumerate(nb.completion_codes(support, known, 3).tolist())}
     target = torch.tensor([order[code] for code in nb.completion_codes(forced, known, 3).tolist()])
     source = torch.arange(count).repeat_interleave(count)
@@ -68,7 +79,7 @@ MISTAKES = ["forward Gibbs", "last future factor dropped", "no proposal ratio", 
             "beta on the unknowns"]
 
 
-def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta, mistake=None):
+def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta, mistake=None, look=1):
     """P[x, x'] of `redraw` with the model as guide on the completions `support`, from the acceptance it computes.
 
     Every proposal is forced once for every state; its probability comes from the full pass.
@@ -83,9 +94,8 @@ def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta,
     last = (terms - nb.pixel_log_probs(model, states, 4096))[:, 2, 2][(forced != states).flatten(1).any(1)]
     wrong = wrong_acceptance(nb, mistake, last * (beta if known[2, 2] else 1))
     guide = nb.Guide(model).told(support[:1], known[None])
-    ratios = forced_ratios(nb, monkeypatch, wrong, forced, lambda accept: nb.redraw(
-        nb.start(guide, states), guide, run, beta, torch.Generator(), accept=accept))
-    return matrix_of(nb, support, known, states, forced, proposal, ratios)
+    chances = forced_chances(nb, monkeypatch, wrong, states, forced, guide, run, beta, look)
+    return matrix_of(nb, support, known, states, forced, proposal, chances)
 
 
 def tempered(nb, model, support, known, beta):
@@ -96,14 +106,14 @@ def tempered(nb, model, support, known, beta):
 MOVES = [((0, 1, 2), 0, 1), ((0, 1, 2), 1, 2), ((0, 1, 2), 0, 3), ((0, 3, 4), 0, 4), ((0, 3, 4), 2, 5), ((1, 5, 6), 1, 7)]
 
 
-@pytest.mark.parametrize("beta", [0.4, 1.0])
+@pytest.mark.parametrize("beta, look", [(0.4, 1), (1.0, 0), (1.0, 4)])
 @pytest.mark.parametrize("unknown, start, stop", MOVES)
-def test_the_transition_matrix_keeps_its_target(nb, tiny, table, monkeypatch, unknown, start, stop, beta):
-    """Rows sum to 1 and pi P = pi within 1e-12: single pixels, runs, and runs over known pixels."""
+def test_the_transition_matrix_keeps_its_target(nb, tiny, table, monkeypatch, unknown, start, stop, beta, look):
+    """Rows sum to 1 and pi P = pi within 1e-12: single pixels, runs, and runs over known pixels; decided early or not."""
     known, image = known_mask(*unknown), nb.sample(tiny, 2, seed=5)[1]
     support = nb.exact_posterior(*table, image, known)[0]
     pi = tempered(nb, tiny, support, known, beta)
-    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, start, stop, beta)
+    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, start, stop, beta, look=look)
     assert_reversible(matrix, pi)
 
 
@@ -173,15 +183,50 @@ def test_the_rank_test_rejects_wrong_kernels(nb, tiny, mistake):
 
 @pytest.mark.parametrize("replicates, t", [(20, 2.09), (4, 3.18)])
 def test_intervals_cover(nb, tiny, table, replicates, t):
-    """95 % intervals (t with replicates - 1 degrees) of log p(known) for 80 images: 66 to 80 must cover.
+    """95 % intervals (t with replicates - 1 degrees) of log p(known) for 80 images, tempered: 66 to 80 must cover.
 
     Detects a true coverage below 0.66 in all but one of a thousand cases; the control's intervals are 0.35 times as wide.
     """
     known, covered, narrow = known_mask(0, 1, 4), 0, 0
     for seed in range(80):
         image = nb.sample(tiny, 1, seed=1000 + seed)[0]
-        completion = nb.complete(tiny, image, known, 1, nb.Budget(replicates, 60, 30), seed=seed)
-        stderr = nb.log_mean(completion.diagnostics["log_evidences"])[1]
-        off = abs(completion.log_evidence - nb.exact_posterior(*table, image, known)[2])
+        guide, generator = nb.Guide(tiny).told(image[None], known[None]), torch.Generator().manual_seed(seed)
+        draws, weights, values = guide.draw(image, replicates * 60, seed)
+        weights = weights.view(replicates, 60)
+        _, log_z, _ = nb.temper(guide, draws.view(1, replicates, 60, 3, 3), weights[None], nb.Budget(particles=30), generator)
+        log_evidence, stderr = nb.Replicates(None, log_z[0][:, None], None, None).log_evidence()
+        off = abs(log_evidence - nb.exact_posterior(*table, image, known)[2])
         covered, narrow = covered + (off < t * stderr), narrow + (off < 0.35 * t * stderr)
     assert covered >= 66 > narrow
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_the_walk_keeps_is_what_the_full_pass_says(nb, tiny, evidence, learned):
+    """Logits of every factor in the rows redrawn, within 1e-10, with known pixels and rows among them."""
+    known = known_mask(0, 1, 6, 8)
+    network = nb.GuideNetwork.starting_from(tiny, (1, 2)) if learned else None
+    guide = nb.Guide(tiny, network).told(evidence[:1], known[None])
+    images = evidence[:1].repeat(50, 1, 1)
+    walks = guide.walks(images)
+    kept = [torch.empty(3, 3, 50, 3, dtype=torch.float64) for _ in walks]
+    uniforms = torch.rand(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nb.draw_pixels(walks, known.expand(50, 3, 3), uniforms, 0, 9, guide.combine, kept=kept)
+    assert len(images.unique(dim=0)) > 5
+    whole = [tiny(images)] + ([network(images, None, 0, guide.position)] if learned else [])
+    for mine, full in zip(kept, whole):
+        assert (mine.permute(2, 3, 0, 1) - full).abs().max() < 1e-10
+
+
+def test_bookkeeping_stays_right_through_moves_that_are_decided_early(nb, tiny, evidence):
+    """log p and log g of every pixel after two sweeps are those of a fresh evaluation, within 1e-10."""
+    known, generator = known_mask(0, 1, 3, 4), torch.Generator().manual_seed(1)
+    for network in (None, nb.GuideNetwork.starting_from(tiny, (1, 2))):
+        guide = nb.Guide(tiny, network).told(evidence[:1], known[None])
+        guide.batch = 37
+        state = nb.start(guide, guide.draw(evidence[0], 200, 1)[0])
+        for look in (0, 1, 0, 2):
+            for piece in nb.random_pieces(~known, 2, generator, rows=network is not None):
+                moved, accepted = nb.redraw(state, guide, piece, 0.6, generator, look=look)
+        assert moved > accepted > 0
+        again = nb.start(guide, state.images)
+        assert (state.log_p - again.log_p).abs().max() < 1e-10 and (state.log_g - again.log_g).abs().max() < 1e-10

@@ -9,7 +9,7 @@ def panel(nb):
     torch.manual_seed(0)
     config = nb.Config(height=8, width=12, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4)
     images = torch.randint(0, 3, (5, 8, 12), dtype=torch.uint8)
-    return nb.CompletionPanel(nb.PixelCNN(config).eval(), images, nb.Budget(4, 8, 4))
+    return nb.CompletionPanel(nb.PixelCNN(config).eval(), images, nb.Budget(4, 8, 4, rounds=1))
 
 
 def test_hidden_blocks_are_completed_and_the_others_kept(nb, panel, monkeypatch):

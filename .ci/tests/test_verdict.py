@@ -1,0 +1,115 @@
+"""Is the verdict calibrated? Over hundreds of cases with known answers, and at full size on the model's own draws."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from test_kernels import known_mask
+
+pytestmark = pytest.mark.slow
+
+
+def sharper(nb, seed, factor):
+    """A tiny model whose conditionals are sharper (factor > 1) or flatter."""
+    model = nb.tiny_model(seed)
+    model.head.weight.mul_(factor)
+    return model
+
+
+def guide_of(nb, model, kind, seed):
+    """The model alone, a guide with random hints, or one that misleads: strong hints and exponents that are too large."""
+    if kind == "model":
+        return nb.Guide(model)
+    torch.manual_seed(seed)
+    network = nb.GuideNetwork.starting_from(model, (1, 2))
+    for parameter in network.encoder.parameters():
+        parameter.add_((0.1 if kind == "random" else 0.2) * torch.randn_like(parameter))
+    network.powers.copy_(torch.tensor([0.7, 0.6] if kind == "random" else [0.5, 0.8]))
+    return nb.Guide(model, network)
+
+
+MASKS = [(0, 1, 2), (0, 4, 8), (0, 1, 2, 3, 4), (1, 3, 5, 7), (0, 1, 3), (2,), (0, 1, 2, 3, 4, 5), (0, 2, 4, 6)]
+
+
+def outcomes(nb, budgets, kinds, off_model):
+    """Of many cases: (refused, wrong, whether the 95 % interval of log Z covers) of each. Wrong: log Z off by more than 1 nat, or a pixel's mean level
+    or log Z by more than 4 standard errors (with an allowance of 0.02 of a level or a nat).
+    """
+    found = []
+    for number in range(17):
+        model = sharper(nb, number % 4, (0.5, 0.8, 1.0, 1.5)[number // 4 % 4])
+        images = nb.all_images(model)
+        log_probs = nb.log_prob(model, images, 4096)
+        image = nb.sample(model, 1, seed=100 + number)[0]
+        if off_model(number):
+            image = images[log_probs.argsort()[number * 50]]  # among the least probable of all
+        known = known_mask(*MASKS[number % len(MASKS)])
+        support, posterior, log_evidence = nb.exact_posterior(images, log_probs, image, known)
+        exact = (posterior[:, None] * support[:, ~known].double()).sum(0)
+        for kind in kinds:
+            for budget in budgets:
+                answer = nb.complete(model, image, known, 1, budget, number, guide_of(nb, model, kind, number))
+                replicates = answer.diagnostics["replicates"]
+                off = abs(answer.log_evidence - log_evidence)
+                mean, stderr = replicates.over(replicates.within(replicates.draws[:, :, ~known]))
+                wrong = off > 1 or off > 4 * replicates.log_evidence()[1] + 0.02 or bool(
+                    ((mean - exact).abs() > 4 * stderr + 0.02).any())
+                covered = off <= stats.t.isf(0.025, 7) * replicates.log_evidence()[1] + 1e-9
+                found.append((answer.status != "converged", wrong, covered))
+    return found
+
+
+def test_right_answers_pass_and_wrong_ones_are_refused(nb):
+    """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets and
+    misleading guides included, at most 15 % are wrong, and none where the budget is smallest; 95 % intervals of log Z
+    (2.36 errors: t with 7 degrees) cover in at least 85 %.
+
+    5 % wrong and 90 % covered are wanted and not reached: the wrong ones are cases in which all replicates miss a group of
+    images (the divergence of the guide from the posterior is 3 to 10 nats), which no comparison of replicates can see.
+    """
+    kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
+    default = outcomes(nb, [nb.Budget()], kinds, off_model)
+    smallest = outcomes(nb, [nb.Budget(initial=4, particles=1, sweeps=2)], kinds, off_model)
+    starved = outcomes(nb, [nb.Budget(initial=8, particles=2), nb.Budget(initial=16, particles=8, rounds=1)], kinds, off_model)
+    cases = default + smallest + starved
+    right = [refused for refused, wrong, _ in default if not wrong]
+    answered = [wrong for refused, wrong, _ in cases if not refused]
+    covered = [covers for refused, _, covers in cases if not refused]
+    print(f"default: {len(right)} right, {sum(right)} of them refused; answered {len(answered)} of {len(cases)}, "
+          f"wrong {sum(answered)}; covered {sum(covered)} of {len(covered)}")
+    assert len(cases) >= 200 and len(answered) >= 80
+    assert sum(right) <= 0.1 * len(right)
+    assert sum(answered) <= 0.15 * len(answered)
+    assert not any(wrong and not refused for refused, wrong, _ in smallest)
+    assert sum(covered) >= 0.85 * len(covered)
+    wrong = [refused for refused, wrong, _ in cases if wrong]
+    assert sum(wrong) >= 20  # the control: there are wrong ones, and most of them are refused
+    assert sum(wrong) >= 0.6 * len(wrong)
+
+
+def test_ranks_of_the_truth_among_answered_cases(nb, root):
+    """40 of the model's own draws with an 8x8 centre hidden: the truth is an exact posterior draw, so its log p ranks
+    uniformly among one draw of each replicate. Detects ranks that gather at an end or in the middle.
+    """
+    model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
+    guide = nb.load_guide(root / "checkpoints" / "small_guide.pt", model, "cpu")
+    known, ranks, generator = torch.ones(28, 28, dtype=torch.bool), [], torch.Generator().manual_seed(5)
+    known[10:18, 10:18] = False
+    images = nb.sample(model, 40, seed=91)
+    truths = nb.log_prob(model, images)
+    for number, (image, truth) in enumerate(zip(images, truths)):
+        answer = nb.complete(model, image, known, 1, nb.Budget(initial=32, rounds=1), 7 + number, guide)
+        if answer.status == "converged":
+            found = answer.diagnostics["replicates"]
+            # One draw of each replicate; a replicate counts by its Z-hat: seven are drawn with replacement.
+            rows = torch.multinomial(torch.softmax(found.log_z, 0), 7, True, generator=generator)
+            columns = torch.multinomial(torch.softmax(found.log_w[rows], 1), 1, generator=generator)[:, 0]
+            values = found.values[0][rows, columns]
+            tied = ((values - truth).abs() < 1e-3).sum()
+            ranks.append(int((values < truth - 1e-3).sum() + torch.randint(int(tied) + 1, (1,), generator=generator)))
+    counts = torch.tensor(ranks).bincount(minlength=8).double()
+    expected = len(ranks) / 8
+    print(f"{len(ranks)} of 40 answered; ranks {counts.int().tolist()}")
+    assert len(ranks) >= 20
+    assert ((counts - expected) ** 2 / expected).sum() < stats.chi2.isf(1e-4, 7)
