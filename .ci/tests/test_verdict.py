@@ -60,10 +60,10 @@ def outcomes(nb, budgets, kinds, off_model):
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets and
-    misleading guides included, at most 15 % are wrong, and none where the budget is smallest; 95 % intervals of log Z
-    (2.36 errors: t with 7 degrees) cover in at least 85 %.
+    misleading guides included, at most 10 % are wrong, and none where the budget is smallest; 95 % intervals of log Z
+    (2.36 errors: t with 7 degrees) cover in at least 88 %.
 
-    5 % wrong and 90 % covered are wanted and not reached: the wrong ones are cases in which all replicates miss a group of
+    Measured: 2 of 48 refused, 7 of 128 wrong, 120 covered. The wrong ones are cases in which all replicates miss a group of
     images (the divergence of the guide from the posterior is 3 to 10 nats), which no comparison of replicates can see.
     """
     kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
@@ -78,9 +78,9 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
           f"wrong {sum(answered)}; covered {sum(covered)} of {len(covered)}")
     assert len(cases) >= 200 and len(answered) >= 80
     assert sum(right) <= 0.1 * len(right)
-    assert sum(answered) <= 0.15 * len(answered)
+    assert sum(answered) <= 0.1 * len(answered)
     assert not any(wrong and not refused for refused, wrong, _ in smallest)
-    assert sum(covered) >= 0.85 * len(covered)
+    assert sum(covered) >= 0.88 * len(covered)
     wrong = [refused for refused, wrong, _ in cases if wrong]
     assert sum(wrong) >= 20  # the control: there are wrong ones, and most of them are refused
     assert sum(wrong) >= 0.6 * len(wrong)
