@@ -46,10 +46,10 @@ def definitions():
 
 def recipe(nb, stage, tiny):
     """Warm-up, a long constant phase, a decay at the end."""
-    rates = dict(decay=0.2, warmup=0.01, batch_size=64)
+    rates = dict(decay=0.25, warmup=0.01, batch_size=64)
     config = replace(nb.CONFIGS["small" if stage == "guide" else stage], **rates)
     if stage == "small":
-        config = replace(config, images_seen=1_650_000)
+        config = replace(config, images_seen=672_000)
     if tiny:
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":
@@ -96,14 +96,16 @@ def fitting(nb, config, path, images, device, minutes):
 
 
 def going_on(nb, config, path, device):
-    """(config for the images that are left, initial=model) if weights in .ci/record stand in for a lost state."""
+    """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/record
+    stand in for a lost state."""
     kept, weights = path.with_name("continued.json"), CARRIED / path.name
     if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
         return config, {}
     initial = nb.load_checkpoint(weights, device.type)
     if not kept.exists():
         kept.write_text(json.dumps(initial.history[-1]["images"]))
-    return replace(config, images_seen=config.images_seen - json.loads(kept.read_text())), dict(initial=initial)
+    left = config.images_seen - json.loads(kept.read_text())
+    return replace(config, images_seen=left, decay=config.decay * config.images_seen / left), dict(initial=initial)
 
 
 def weights(options):
@@ -135,6 +137,7 @@ def work(rank, world, stage, options, minutes):
         extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
         digits = images
         images = lambda: torch.cat([digits, nb.sample(model, 64 if options.tiny else 27_000, seed=59).cpu()])
+    whole = config
     if stage == "small":
         config, extra = going_on(nb, config, path, device)
     if stage == "large":
@@ -157,8 +160,11 @@ def work(rank, world, stage, options, minutes):
                 shutil.copy(state, other)
             path, score = other / path.name, lambda model, images: torch.zeros(1)
         dist.barrier()  # the state was copied before anybody writes it
-    nb.train(config, images, validation, path=path, device=device.type, loss=loss, score=score,
-             report=report if rank == 0 else None, compiled=not options.tiny, **extra)
+    model, history = nb.train(config, images, validation, path=path, device=device.type, loss=loss, score=score,
+                              report=report if rank == 0 else None, compiled=not options.tiny, **extra)
+    if rank == 0 and stage == "small" and config != whole:  # the end of the whole recipe
+        model.config = whole
+        nb.save_checkpoint(model, history, path)
 
 
 def trained(stage, options, end):
