@@ -87,7 +87,7 @@ def compare(function):
 FEW = torch.ones(6, 6, dtype=torch.bool)
 FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
 SUPPORT = IMAGES[:1].repeat(16, 1, 1)
-SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).to(torch.uint8)
+SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).to(torch.uint8)  # as all_images counts
 TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
 SAME_CALL = {
     "log_prob": lambda m, g, to: nb.log_prob(m, to(IMAGES), 7),
@@ -107,15 +107,17 @@ SAME_CALL = {
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
     "tempered_against_table": lambda m, g, to: list(nb.tempered_against_table(
-        g, IMAGES[0].to(m.position.device), FEW.to(m.position.device),
+        g.told(IMAGES[:1].to(m.position.device), FEW[None].to(m.position.device)),
         tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), BUDGET, 1).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
-    "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3)[:3],
+    "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3),
     "compare_samplers": lambda m, g, to: [
         torch.tensor(row[1:]) for row in nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, [0.0, 0.5, 1.0], 8, guide=g)],
-    "sandwich": lambda m, g, to: nb.sandwich(g, to(IMAGES[0]), to(KNOWN), BUDGET),
+    "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
+        g.told(IMAGES[:1].to(m.position.device), KNOWN[None].to(m.position.device)),
+        IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET, torch.Generator().manual_seed(0)),
     "one_pixel_check": lambda m, g, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),

@@ -94,7 +94,7 @@ def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, tmp_path
     config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
                        images_seen=160, batch_size=16, validate_every=100)
     plain, scaled = (nb.TrainingRun(config, torch.device("cpu")) for _ in range(2))
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaled.scaler = scaled.parts[-1] = torch.amp.GradScaler("cpu", init_scale=8.0)
     for one, other in ((plain, scaled), (scaled, plain)):
         one.step = 3
         one.save(tmp_path / "model.state")

@@ -207,14 +207,13 @@ def test_what_the_walk_keeps_is_what_the_full_pass_says(nb, tiny, evidence, lear
     network = nb.GuideNetwork.starting_from(tiny, (1, 2)) if learned else None
     guide = nb.Guide(tiny, network).told(evidence[:1], known[None])
     images = evidence[:1].repeat(50, 1, 1)
-    walks = guide.walks(images)
-    kept = [torch.empty(3, 3, 50, 3, dtype=torch.float64) for _ in walks]
     uniforms = torch.rand(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nb.draw_pixels(walks, known.expand(50, 3, 3), uniforms, 0, 9, guide.combine, kept=kept)
+    kept = guide.draw_rows(images, guide.new_cache(50), uniforms, 0, 3)
     assert len(images.unique(dim=0)) > 5
     whole = [tiny(images)] + ([network(images, None, 0, guide.position)] if learned else [])
+    assert len(kept) == len(whole)
     for mine, full in zip(kept, whole):
-        assert (mine.permute(2, 3, 0, 1) - full).abs().max() < 1e-10
+        assert (mine - full).abs().max() < 1e-10
 
 
 def test_bookkeeping_stays_right_through_moves_that_are_decided_early(nb, tiny, evidence):
