@@ -49,7 +49,7 @@ def recipe(nb, stage, tiny):
     rates = dict(decay=0.25, warmup=0.01, batch_size=64)
     config = replace(nb.CONFIGS["small" if stage == "guide" else stage], **rates)
     if stage == "small":
-        config = replace(config, images_seen=672_000)
+        config = replace(config, images_seen=620_000)
     if tiny:
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":
