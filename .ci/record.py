@@ -5,9 +5,10 @@ usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,la
                             [--processes 2] [--tiny]
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
-the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an unfinished `small` into .ci/record, to travel in git; a folder
-without a state begins there, with fresh optimisers and what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history, SHA256SUMS,
-scores.json and notebook.json.
+the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an
+unfinished `small` into .ci/record, to travel in git; a folder without a state begins there, with fresh optimisers and
+what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history,
+SHA256SUMS, scores.json and notebook.json.
 """
 import argparse
 import json
@@ -18,30 +19,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from definitions import ROOT, definitions
 
 CARRIED = ROOT / ".ci" / "record"
 NAMES = {"small": "small.pt", "guide": "small_guide.pt", "large": "large.pt"}
-
-
-def definitions():
-    """The notebook's definitions as a module."""
-    nb = types.ModuleType("pixelcnn_notebook")
-    sys.modules[nb.__name__] = nb
-    for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
-        if "define" in cell["metadata"].get("tags", []):
-            exec(compile("".join(cell["source"]), f"PixelCNN.ipynb[{number}]", "exec"), nb.__dict__)
-    return nb
 
 
 def recipe(nb, stage, tiny):
@@ -211,13 +200,11 @@ def notebook(options, end):
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(ROOT / "checkpoints", place / "checkpoints")
     (place / "data").symlink_to(ROOT / "data")
-    text = (ROOT / "PixelCNN.ipynb").read_text()
-    (place / "PixelCNN.ipynb").write_text(text.replace('"FAST = False', '"FAST = True', 1) if options.tiny else text)
+    shutil.copy(ROOT / "PixelCNN.ipynb", place)
     started = time.monotonic()
     try:
-        run = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace",
-                              "PixelCNN.ipynb"], cwd=place, capture_output=True, text=True,
-                             timeout=max(end - started, 1))
+        run = subprocess.run([sys.executable, ROOT / ".ci" / "execute.py", "--in", place, *["--fast"] * options.tiny],
+                             capture_output=True, text=True, timeout=max(end - started, 1))
         said = "finished" if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
     except subprocess.TimeoutExpired:
         said = "stopped by the time limit"

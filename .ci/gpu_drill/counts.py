@@ -4,25 +4,17 @@ usage: python .ci/gpu_drill/counts.py
 A launch costs about 8 microseconds and a view 2; arithmetic runs at a tenth of the peak on a T4, a third on an A100.
 The larger of the two sums is the estimate: good to a factor of two, no better. No card was used.
 """
-import json
-import os
 import sys
-import types
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cudasim
 import torch
+from definitions import ROOT, definitions
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
-os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)
-nb = types.ModuleType("pixelcnn_notebook")
-sys.modules[nb.__name__] = nb
-for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
-    if "define" in cell["metadata"].get("tags", []):
-        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), nb.__dict__)
+nb = definitions()
 cudasim.pretend()
 SIM = cudasim.Sim()
 SIM.__enter__()

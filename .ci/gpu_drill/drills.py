@@ -5,30 +5,23 @@ Each drill runs a public function on a 6x6 model that is "on cuda", with images 
 and compares the answer with the same call on the CPU. Prints a line each; exits 1 if one failed.
 """
 import copy
-import json
-import os
 import sys
 import tempfile
 import traceback
-import types
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cudasim
 import torch
+from definitions import definitions
+from faults import Infinite, broken_compile
 
 BF16 = "--bf16" in sys.argv
-ROOT = Path(__file__).resolve().parents[2]
-os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(1)
 cudasim.pretend("A100 (pretended)" if BF16 else "Tesla T4 (pretended)", BF16)
-nb = types.ModuleType("pixelcnn_notebook")
-sys.modules[nb.__name__] = nb
-for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
-    if "define" in cell["metadata"].get("tags", []):
-        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), nb.__dict__)
+nb = definitions()
 
 CONFIG = nb.Config(height=6, width=6, levels=4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4,
                    images_seen=640, batch_size=16, validate_every=10)
@@ -87,8 +80,19 @@ def compare(function):
 FEW = torch.ones(6, 6, dtype=torch.bool)
 FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
 SUPPORT = IMAGES[:1].repeat(16, 1, 1)
-SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).to(torch.uint8)  # as all_images counts
+SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)  # as all_images counts
 TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
+
+
+def told(guide, known):
+    """The guide told of the first image, on its own device."""
+    return guide.told(*(x[None].to(guide.model.position.device) for x in (IMAGES[0], known)))
+
+
+def table_for(model):
+    return tuple(x.to(model.position.device) if torch.is_tensor(x) else x for x in TABLE)
+
+
 SAME_CALL = {
     "log_prob": lambda m, g, to: nb.log_prob(m, to(IMAGES), 7),
     "bits_per_dim": lambda m, g, to: nb.bits_per_dim(m, to(IMAGES)),
@@ -106,18 +110,17 @@ SAME_CALL = {
     "guide_log_prob": lambda m, g, to: nb.guide_log_prob(m, g, to(IMAGES), to(KNOWN)),
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
-    "tempered_against_table": lambda m, g, to: list(nb.tempered_against_table(
-        g.told(IMAGES[:1].to(m.position.device), FEW[None].to(m.position.device)),
-        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), BUDGET, 1).values()),
+    "tempered_against_table": lambda m, g, to: list(
+        nb.tempered_against_table(told(g, FEW), table_for(m), BUDGET, 1).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
     "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3),
-    "compare_samplers": lambda m, g, to: [
-        torch.tensor(row[1:]) for row in nb.compare_samplers(m, to(IMAGES[0]), KNOWN, BUDGET, [0.0, 0.5, 1.0], 8, guide=g)],
+    "compare_samplers": lambda m, g, to: [torch.tensor(row[1:]) for row in nb.compare_samplers(
+        m, to(IMAGES[0]), KNOWN, BUDGET, [0.0, 0.5, 1.0], 8, guide=g)],
     "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
-        g.told(IMAGES[:1].to(m.position.device), KNOWN[None].to(m.position.device)),
-        IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET, torch.Generator().manual_seed(0)),
+        told(g, KNOWN), IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
+        torch.Generator().manual_seed(0)),
     "one_pixel_check": lambda m, g, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
@@ -127,8 +130,7 @@ SAME_CALL = {
     "cached_difference": lambda m, g, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),
     "completion_codes": lambda m, g, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
     **{f"chi_square_after_moves, {name}": lambda m, g, to, of=of: nb.chi_square_after_moves(
-        of(m, g).told(IMAGES[:1].to(m.position.device), FEW[None].to(m.position.device)),
-        tuple(x.to(m.position.device) if torch.is_tensor(x) else x for x in TABLE), BUDGET, n=64)
+        told(of(m, g), FEW), table_for(m), BUDGET, n=64)
         for name, of in (("model", lambda m, g: nb.Guide(m)), ("guide", lambda m, g: g))},
 }
 
@@ -166,19 +168,6 @@ def stopped_and_resumed(first, then):
             same(one, other, 0)
 
 
-class Infinite(torch.autograd.Function):
-    """0 forward, an infinite gradient backward."""
-
-    @staticmethod
-    def forward(context, x):
-        context.shape = x
-        return x.flatten()[0] * 0
-
-    @staticmethod
-    def backward(context, gradient):
-        return torch.full_like(context.shape, float("inf"))
-
-
 def overflow(where):
     """An infinite gradient at step 7: weights finite and equal to those of a run that left the step out."""
     def loss(model, batch, step):
@@ -214,12 +203,6 @@ def without_a_compiler():
             torch.compile = real
     assert history[-1]["images"] == 64
     assert sum("torch.compile failed (RuntimeError)" in str(w.message) for w in said) == 1
-
-
-def broken_compile(model):
-    def call(*_):
-        raise RuntimeError("Triton does not know this GPU")
-    return call
 
 
 DRILLS = {name: lambda call=call: compare(call) for name, call in SAME_CALL.items()}

@@ -1,7 +1,7 @@
 """What the statistical tests may differ by: one comparison in two million exceeds its bound by chance.
 
-The suite makes about 120 such comparisons. So a correct program fails any of them with probability below 1e-4, as far as
-the statistics follow t and chi-square: means of skewed weights and small counts do so roughly.
+The suite makes about 120 such comparisons. So a correct program fails any of them with probability below 1e-4, as far
+as the statistics follow t and chi-square: means of skewed weights and small counts do so roughly.
 """
 
 from scipy import stats
@@ -16,6 +16,12 @@ def t_bound(n):
 
 def chi_square_bound(freedom):
     return stats.chi2.isf(FALSE_ALARM, freedom)
+
+
+def agree(counts, expected):
+    """Whether counts may be draws with these expectations: chi-square over those above 5."""
+    often = expected > 5
+    return ((counts - expected)[often] ** 2 / expected[often]).sum() < chi_square_bound(int(often.sum()))
 
 
 MANY = t_bound(10**9)

@@ -1,16 +1,14 @@
-"""The tests load the notebook's `define` cells, all of them and nothing else, as one module."""
+"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small config."""
 
-import json
-import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("MPLBACKEND", "agg")
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from definitions import ROOT, definitions, notebook_cells
+
 settings.register_profile("repeatable", derandomize=True)  # the same examples in each run
 settings.load_profile("repeatable")
 
@@ -26,19 +24,13 @@ def root():
 
 @pytest.fixture(scope="session")
 def cells():
-    return json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]
+    return notebook_cells()
 
 
 @pytest.fixture(scope="session")
-def nb(cells):
+def nb():
     """The notebook's definitions as a module."""
-    module = types.ModuleType("pixelcnn_notebook")
-    sys.modules[module.__name__] = module
-    for number, cell in enumerate(cells):
-        if "define" in cell["metadata"].get("tags", []):
-            code = compile("".join(cell["source"]), f"PixelCNN.ipynb[{number}]", "exec")
-            exec(code, module.__dict__)
-    return module
+    return definitions()
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +55,10 @@ def evidence(nb, tiny):
 @pytest.fixture(scope="session")
 def mnist(nb):
     return nb.load_mnist(ROOT / "data")
+
+
+@pytest.fixture(scope="session")
+def config(nb):
+    """Of a network that trains in a second, 5x4 pixels and 3 levels."""
+    return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4,
+                     images_seen=640, batch_size=16, validate_every=10)

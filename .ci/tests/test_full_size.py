@@ -67,7 +67,8 @@ def z_of(log_probs, draws):
 def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 8.4 standard errors of 16 replicates."""
     image, known, log_probs, log_evidence = pair
-    told, generator = (guide if learned else nb.Guide(model)).told(image[None], known[None]), torch.Generator().manual_seed(3)
+    told = (guide if learned else nb.Guide(model)).told(image[None], known[None])
+    generator = torch.Generator().manual_seed(3)
     draws, weights, _ = told.draw(image, 16 * 32, 3)
     budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2)
     state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights.view(1, 16, 32), budget, generator)

@@ -7,10 +7,12 @@ The whole notebook on the pretended card takes several minutes and runs on deman
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_drill.faults import Infinite, broken_compile
 
 
 @pytest.mark.slow
@@ -31,7 +33,7 @@ def with_tf32(convolution):
 
 
 def test_full_float32_is_asked_for_and_needed(nb, root, mnist, monkeypatch):
-    """Logits of the sampler and of the full pass agree to 1e-4 in float32; under TF32 they would differ by 1e-3 or more."""
+    """Logits of the sampler and of the full pass agree to 1e-4 in float32; under TF32 they differ by 1e-3 or more."""
     assert not torch.backends.cudnn.allow_tf32
     model, images = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu"), mnist[2][:2]
     full = model(images)
@@ -72,27 +74,19 @@ def test_moves_in_small_parts_give_the_same_answer(nb, tiny, evidence):
             assert torch.equal(ends[0].images, end.images) and (ends[0].log_p - end.log_p).abs().max() < 1e-12
 
 
-def test_compiling_that_fails_is_one_warning(nb, tmp_path, monkeypatch):
-    def broken(model):
-        def call(*_):
-            raise RuntimeError("no compiler")
-        return call
-
-    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
-                       images_seen=32, batch_size=16, validate_every=10)
+def test_compiling_that_fails_is_one_warning(nb, config, tmp_path, monkeypatch):
+    config = replace(config, dilations=(1,), images_seen=32)
     images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     eager, _ = nb.train(config, images, images[:20], path=tmp_path / "eager.pt", device="cpu")
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken_compile)
     with pytest.warns(UserWarning, match=r"torch.compile failed \(RuntimeError\)") as said:
         model, _ = nb.train(config, images, images[:20], path=tmp_path / "model.pt", device="cpu", compiled=True)
     assert len(said) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), eager.parameters()))
 
 
-def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, tmp_path):
+def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, config, tmp_path):
     """bf16 on a CPU has no scaler, float16 on a T4 has one."""
-    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
-                       images_seen=160, batch_size=16, validate_every=100)
     plain, scaled = (nb.TrainingRun(config, torch.device("cpu")) for _ in range(2))
     scaled.scaler = scaled.parts[-1] = torch.amp.GradScaler("cpu", init_scale=8.0)
     for one, other in ((plain, scaled), (scaled, plain)):
@@ -103,18 +97,7 @@ def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, tmp_path
         assert other.step == 3 and scaled.scaler.get_scale() == 8.0
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_where_no_scale_is_to_blame(nb):
-    class Infinite(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            return x.sum() * 0
-
-        @staticmethod
-        def backward(context, gradient):
-            return torch.full((3, 8), torch.inf)
-
-    config = nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1,), context=4,
-                       images_seen=160, batch_size=16)
+def test_a_gradient_that_is_no_number_stops_the_run_where_no_scale_is_to_blame(nb, config):
     run = nb.TrainingRun(config, torch.device("cpu"), loss=lambda model, batch, step: nb.training_loss(
         model, batch, step) + Infinite.apply(model.head.weight))
     with pytest.raises(FloatingPointError, match="gradient norm is (inf|nan) at step 0"):

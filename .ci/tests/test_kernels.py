@@ -36,19 +36,6 @@ def forced_chances(nb, monkeypatch, acceptance, states, forced, guide, redrawn, 
     return there.exp() * (whole + back - there).clamp(max=0).exp()
 
 
-def matrix_of(nb, support, known, states, forced, proposal, chances):
-    """P[x, x'] from every proposal `forced` at every state, its probability, and how often those that differ are accepted."""
-    accepted, count = torch.ones(len(states), dtype=torch.float64), len(support)
-    accepted[(forced != states).flatten(1).any(1)] = chances
-    order = {code: number for number, code in enumerate(nb.completion_codes(support, known, 3).tolist())}
-    target = torch.tensor([order[code] for code in nb.completion_codes(forced, known, 3).tolist()])
-    source = torch.arange(count).repeat_interleave(count)
-    matrix = torch.zeros(count, count, dtype=torch.float64)
-    matrix.index_put_((source, target), proposal * accepted, accumulate=True)
-    matrix.index_put_((source, source), proposal * (1 - accepted), accumulate=True)
-    return matrix
-
-
 def assert_reversible(matrix, pi):
     """Rows sum to 1, pi P = pi, and detailed balance, within 1e-12."""
     flow = pi[:, None] * matrix
@@ -65,7 +52,7 @@ def wrong_acceptance(nb, mistake, dropped=0.0):
             None: lambda: right,
             "forward Gibbs": lambda: torch.zeros_like(right),  # every proposal is accepted
             "last future factor dropped": lambda: right - dropped,
-            "no proposal ratio": lambda: right + run,  # j >= i: the pixels' own factors, though the proposal cancels them
+            "no proposal ratio": lambda: right + run,  # j >= i: the pixels' own factors, which the proposal cancels
             "proposal ratio upside down": lambda: right + 2 * run,
             "later unknowns dropped": lambda: beta * (gain_p - gain_g),
             "beta on the unknowns": lambda: gain_p - gain_g + beta * (gain_g - run),
@@ -79,23 +66,29 @@ MISTAKES = ["forward Gibbs", "last future factor dropped", "no proposal ratio", 
             "beta on the unknowns"]
 
 
-def transition_matrix(nb, monkeypatch, model, support, known, start, stop, beta, mistake=None, look=1):
-    """P[x, x'] of `redraw` with the model as guide on the completions `support`, from the acceptance it computes.
+def transition_matrix(nb, monkeypatch, guide, support, known, redrawn, beta, mistake=None, look=1):
+    """P[x, x'] of `redraw` of the pixels `redrawn` on the completions `support`, from the acceptance it computes.
 
-    Every proposal is forced once for every state; its probability comes from the full pass.
+    Every proposal is forced once for every state; its probability, under the guide told of all other pixels, comes from
+    a full pass.
     """
-    run = nb.pixels_between(~known, start, stop)
-    count = len(support)
+    count, dropped = len(support), 0.0
     states = support.repeat_interleave(count, 0)
-    forced = torch.where(run, support.repeat(count, 1, 1), states)
-    twins = (support[None, :, run] == support[:, None, run]).all(-1).sum(1).repeat(count)  # same proposal, again
-    terms = nb.pixel_log_probs(model, forced, 4096)
-    proposal = terms[:, run].sum(1).exp() / twins
-    last = (terms - nb.pixel_log_probs(model, states, 4096))[:, 2, 2][(forced != states).flatten(1).any(1)]
-    wrong = wrong_acceptance(nb, mistake, last * (beta if known[2, 2] else 1))
-    guide = nb.Guide(model).told(support[:1], known[None])
-    chances = forced_chances(nb, monkeypatch, wrong, states, forced, guide, run, beta, look)
-    return matrix_of(nb, support, known, states, forced, proposal, chances)
+    forced = torch.where(redrawn, support.repeat(count, 1, 1), states)
+    differs = (forced != states).flatten(1).any(1)
+    twins = (support[None, :, redrawn] == support[:, None, redrawn]).all(-1).sum(1).repeat(count)  # the same proposal
+    proposal = nb.guide_log_prob(guide.model, guide, forced, ~redrawn, 4096).exp() / twins
+    if mistake == "last future factor dropped":
+        new, old = (nb.pixel_log_probs(guide.model, images[differs], 4096)[:, 2, 2] for images in (forced, states))
+        dropped = (new - old) * (beta if known[2, 2] else 1)
+    accepted, told = torch.ones(len(states), dtype=torch.float64), guide.told(support[:1], known[None])
+    accepted[differs] = forced_chances(nb, monkeypatch, wrong_acceptance(nb, mistake, dropped), states, forced, told,
+                                       redrawn, beta, look)
+    source, target = torch.arange(count).repeat_interleave(count), nb.completion_codes(forced, known, 3)
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    matrix.index_put_((source, target), proposal * accepted, accumulate=True)
+    matrix.index_put_((source, source), proposal * (1 - accepted), accumulate=True)
+    return matrix
 
 
 def tempered(nb, model, support, known, beta):
@@ -103,31 +96,32 @@ def tempered(nb, model, support, known, beta):
     return torch.softmax(terms[:, ~known].sum(1) + beta * terms[:, known].sum(1), dim=0)
 
 
-MOVES = [((0, 1, 2), 0, 1), ((0, 1, 2), 1, 2), ((0, 1, 2), 0, 3), ((0, 3, 4), 0, 4), ((0, 3, 4), 2, 5), ((1, 5, 6), 1, 7)]
+MOVES = [((0, 1, 2), 0, 1), ((0, 1, 2), 1, 2), ((0, 1, 2), 0, 3), ((0, 3, 4), 0, 4), ((0, 3, 4), 2, 5),
+         ((1, 5, 6), 1, 7)]
 
 
 @pytest.mark.parametrize("beta, look", [(0.4, 1), (1.0, 0), (1.0, 4)])
 @pytest.mark.parametrize("unknown, start, stop", MOVES)
-def test_the_transition_matrix_keeps_its_target(nb, tiny, table, monkeypatch, unknown, start, stop, beta, look):
-    """Rows sum to 1 and pi P = pi within 1e-12: single pixels, runs, and runs over known pixels; decided early or not."""
-    known, image = known_mask(*unknown), nb.sample(tiny, 2, seed=5)[1]
-    support = nb.exact_posterior(*table, image, known)[0]
-    pi = tempered(nb, tiny, support, known, beta)
-    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, start, stop, beta, look=look)
-    assert_reversible(matrix, pi)
+def test_the_transition_matrix_keeps_its_target(nb, tiny, table, evidence, monkeypatch, unknown, start, stop, beta,
+                                                look):
+    """Rows sum to 1, pi P = pi within 1e-12: single pixels, runs, and runs over known pixels; decided early or not."""
+    known = known_mask(*unknown)
+    support, run = nb.exact_posterior(*table, evidence[1], known)[0], nb.pixels_between(~known, start, stop)
+    matrix = transition_matrix(nb, monkeypatch, nb.Guide(tiny), support, known, run, beta, look=look)
+    assert_reversible(matrix, tempered(nb, tiny, support, known, beta))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_transition_matrix_of_a_wrong_kernel_does_not(nb, tiny, table, monkeypatch, mistake):
-    known, image = known_mask(0, 3, 4), nb.sample(tiny, 2, seed=5)[1]
-    support = nb.exact_posterior(*table, image, known)[0]
+def test_the_transition_matrix_of_a_wrong_kernel_does_not(nb, tiny, table, evidence, monkeypatch, mistake):
+    known = known_mask(0, 3, 4)
+    support = nb.exact_posterior(*table, evidence[1], known)[0]
     pi = tempered(nb, tiny, support, known, 0.4)
-    matrix = transition_matrix(nb, monkeypatch, tiny, support, known, 0, 1, 0.4, mistake)
+    matrix = transition_matrix(nb, monkeypatch, nb.Guide(tiny), support, known, ~known_mask(0), 0.4, mistake)
     assert (pi @ matrix - pi).abs().max() > 1e-4
 
 
 def rank_statistic(start, evidence, n, move, sites, seed, near=1e-12):
-    """Chi-square of the ranks of n true images' evidence terms in chains through them (7 degrees of freedom for 7 steps).
+    """Chi-square of the ranks of n true images' evidence terms in chains through them (7 steps: 7 degrees of freedom).
 
     Gandy & Scott 2020: the images of start(index) are exact draws of the model, each its own evidence, at a random
     time of a chain. Step number t makes the moves move(state, site, generator) for the sites of sites[t]; all chains
@@ -162,8 +156,8 @@ def rank_statistic_of_sites(nb, tiny, known, seed, n=4000, mistake=None):
     guide = nb.Guide(tiny).told(images[:1], known[None])  # the model alone: it serves all images
     return rank_statistic(
         lambda index: nb.start(guide, images[index]), lambda state: state.log_p[:, known].sum(1), n,
-        lambda state, site, generator: nb.redraw(state, guide, nb.pixels_between(~known, site, site + 1), 1.0, generator,
-                                                 accept=wrong_acceptance(nb, mistake)), sites, seed)
+        lambda state, site, generator: nb.redraw(state, guide, nb.pixels_between(~known, site, site + 1), 1.0,
+                                                 generator, accept=wrong_acceptance(nb, mistake)), sites, seed)
 
 
 RANK_BOUND = chi_square_bound(7)  # 42
@@ -185,15 +179,15 @@ def test_the_rank_test_rejects_wrong_kernels(nb, tiny, mistake):
 def test_intervals_cover(nb, tiny, table, replicates, t):
     """95 % intervals (t with replicates - 1 degrees) of log p(known) for 80 images, tempered: 66 to 80 must cover.
 
-    Detects a true coverage below 0.66 in all but one of a thousand cases; the control's intervals are 0.35 times as wide.
+    Detects a true coverage below 0.66 in all but one of a thousand cases; the control's are 0.35 times as wide.
     """
     known, covered, narrow = known_mask(0, 1, 4), 0, 0
     for seed in range(80):
         image = nb.sample(tiny, 1, seed=1000 + seed)[0]
         guide, generator = nb.Guide(tiny).told(image[None], known[None]), torch.Generator().manual_seed(seed)
-        draws, weights, values = guide.draw(image, replicates * 60, seed)
-        weights = weights.view(replicates, 60)
-        _, log_z, _ = nb.temper(guide, draws.view(1, replicates, 60, 3, 3), weights[None], nb.Budget(particles=30), generator)
+        draws, weights, _ = guide.draw(image, replicates * 60, seed)
+        draws, weights = draws.view(1, replicates, 60, 3, 3), weights.view(1, replicates, 60)
+        _, log_z, _ = nb.temper(guide, draws, weights, nb.Budget(particles=30), generator)
         log_evidence, stderr = nb.Replicates(None, log_z[0][:, None], None, None).log_evidence()
         off = abs(log_evidence - nb.exact_posterior(*table, image, known)[2])
         covered, narrow = covered + (off < t * stderr), narrow + (off < 0.35 * t * stderr)

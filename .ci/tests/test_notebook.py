@@ -7,6 +7,7 @@ import shutil
 
 import nbformat
 import pytest
+from execute import switch_on
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
@@ -15,15 +16,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def executed(root, mnist, tmp_path_factory):
-    """(executed notebook, its working folder): FAST and PROVE, no checkpoint, so that it trains; every cell run twice."""
+    """(executed notebook, its working folder): FAST and PROVE, no checkpoint, so it trains; each cell run twice."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(root / "data", folder / "data")
     notebook = nbformat.read(root / "PixelCNN.ipynb", as_version=4)
-    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    assert parameters.source.startswith("FAST = False")
-    parameters.source = parameters.source.replace("FAST = False", "FAST = True", 1)
-    assert "PROVE = False" in parameters.source
-    parameters.source = parameters.source.replace("PROVE = False", "PROVE = True", 1)
+    switch_on(notebook, "FAST", "PROVE")
     notebook.cells = [copy.deepcopy(c) for c in notebook.cells for _ in range(1 + (c.cell_type == "code"))]
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -33,7 +30,8 @@ def executed(root, mnist, tmp_path_factory):
 
 def said_by(cell):
     """What a cell printed, and its tables as text."""
-    return "".join(o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+    return "".join(o.text if o.output_type == "stream" else o.get("data", {}).get("text/plain", "")
+                   for o in cell.outputs)
 
 
 def printed(notebook):
@@ -56,7 +54,8 @@ def test_running_a_cell_again_gives_the_same_result(executed):
 def test_it_runs_top_to_bottom_and_says_what_it_should(executed):
     notebook, _ = executed
     text = printed(notebook)
-    for phrase in ("test NLL:", "(mask A in the first layer)", "question G", "|z| of E[Z-hat / Z] = 1", "whole notebook:"):
+    for phrase in ("test NLL:", "(mask A in the first layer)", "question G", "|z| of E[Z-hat / Z] = 1",
+                   "whole notebook:"):
         assert phrase in text
     assert "FAILED" not in text and "NOT CAUGHT" not in text
 
@@ -85,8 +84,8 @@ def test_checkpoints_are_written_and_loaded_again(executed, nb):
 
 def test_figures_have_alt_text_also_as_html(executed):
     notebook, _ = executed
-    pictures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})
-                and o.output_type == "display_data" and "alt" in str(o.metadata)]
+    pictures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
+                if "image/png" in o.get("data", {}) and o.output_type == "display_data" and "alt" in str(o.metadata)]
     assert len(pictures) >= 20
     page, _ = HTMLExporter().from_notebook_node(notebook)
     alts = set(re.findall(r'<img [^>]*alt="([^"]+)"', page))

@@ -1,4 +1,4 @@
-"""The widgets of section 8, made by the notebook's own cell, without a front end: what they hide is what is completed."""
+"""The widgets of section 8, made by the notebook's own cell, without a front end: what they hide is completed."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ def panel(nb, cells, monkeypatch):
     config = nb.Config(levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4)
     images, shown = torch.randint(0, 3, (5, 28, 28), dtype=torch.uint8), []
     monkeypatch.setattr("ipywidgets.widgets.interaction.display", shown.append)
-    (source,) = (text for text in ("".join(cell["source"]) for cell in cells) if text.startswith("if somebody_is_there():"))
+    texts = ("".join(cell["source"]) for cell in cells)
+    (source,) = (text for text in texts if text.startswith("if somebody_is_there():"))
     exec(source, dict(vars(nb), somebody_is_there=lambda: True, model=nb.PixelCNN(config).eval(), test_images=images,
                       guide=None, budget=nb.Budget(4, 8, 4, rounds=1)))
     return shown.pop(), images, shown
@@ -51,7 +52,7 @@ def test_the_hidden_rectangle_is_completed_and_the_rest_kept(nb, panel, seen):
 
 @pytest.mark.parametrize("hidden", [((0, 0), (0, 0)), ((27, 27), (0, 27)), ((5, 6), (27, 27)), ((0, 27), (0, 27))])
 def test_every_rectangle_can_be_hidden(nb, panel, monkeypatch, hidden):
-    seen, (widget, images, _) = [], panel
+    seen, widget = [], panel[0]
     monkeypatch.setattr(nb, "complete", lambda model, image, known, *rest: seen.append(known) or nb.Completion(
         image.expand(4, -1, -1), 4, 0.0, 0.0, "exact", [], {}))
     for slider, ends in zip(widget.children[1:3], hidden):

@@ -1,8 +1,8 @@
 """Is the verdict calibrated? Over hundreds of cases with known answers."""
 
 import pytest
-import torch
 from scipy import stats
+from test_guide import meaningless_guide
 from test_kernels import known_mask
 
 pytestmark = pytest.mark.slow
@@ -16,23 +16,19 @@ def sharper(nb, seed, factor):
 
 
 def guide_of(nb, model, kind, seed):
-    """The model alone, a guide with random hints, or one that misleads: strong hints and exponents that are too large."""
+    """The model alone, a guide with random hints, or one that misleads: strong hints and exponents that are too large.
+    """
     if kind == "model":
         return nb.Guide(model)
-    torch.manual_seed(seed)
-    network = nb.GuideNetwork.starting_from(model, (1, 2))
-    for parameter in network.encoder.parameters():
-        parameter.add_((0.1 if kind == "random" else 0.2) * torch.randn_like(parameter))
-    network.powers.copy_(torch.tensor([0.7, 0.6] if kind == "random" else [0.5, 0.8]))
-    return nb.Guide(model, network)
+    return meaningless_guide(nb, model, seed, *((0.1, [0.7, 0.6]) if kind == "random" else (0.2, [0.5, 0.8])))
 
 
 MASKS = [(0, 1, 2), (0, 4, 8), (0, 1, 2, 3, 4), (1, 3, 5, 7), (0, 1, 3), (2,), (0, 1, 2, 3, 4, 5), (0, 2, 4, 6)]
 
 
 def outcomes(nb, budgets, kinds, off_model):
-    """Of many cases: (refused, wrong, whether the 95 % interval of log Z covers) of each. Wrong: log Z off by more than 1 nat, or a pixel's mean level
-    or log Z by more than 4 standard errors (with an allowance of 0.02 of a level or a nat).
+    """Of many cases: (refused, wrong, whether the 95 % interval of log Z covers) of each. Wrong: log Z off by more than
+    1 nat, or a pixel's mean level or log Z by more than 4 standard errors (and an allowance of 0.02 of a level or nat).
     """
     found = []
     for number in range(17):
@@ -59,17 +55,18 @@ def outcomes(nb, budgets, kinds, off_model):
 
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
-    """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets and
-    misleading guides included, at most 10 % are wrong, and none where the budget is smallest; 95 % intervals of log Z
-    (2.36 errors: t with 7 degrees) cover in at least 88 %.
+    """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets
+    and misleading guides included, at most 10 % are wrong, and none where the budget is smallest; 95 % intervals of
+    log Z (2.36 errors: t with 7 degrees) cover in at least 88 %.
 
-    Measured: 2 of 48 refused, 7 of 128 wrong, 120 covered. The wrong ones are cases in which all replicates miss a group of
-    images (the divergence of the guide from the posterior is 3 to 10 nats), which no comparison of replicates can see.
+    Measured: 2 of 48 refused, 7 of 128 wrong, 120 covered. The wrong ones are cases in which all replicates miss a
+    group of images (the divergence of the guide from the posterior is 3 to 10 nats): no comparison of them can see it.
     """
     kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
     default = outcomes(nb, [nb.Budget()], kinds, off_model)
     smallest = outcomes(nb, [nb.Budget(initial=4, particles=1, sweeps=2)], kinds, off_model)
-    starved = outcomes(nb, [nb.Budget(initial=8, particles=2), nb.Budget(initial=16, particles=8, rounds=1)], kinds, off_model)
+    starving = [nb.Budget(initial=8, particles=2), nb.Budget(initial=16, particles=8, rounds=1)]
+    starved = outcomes(nb, starving, kinds, off_model)
     cases = default + smallest + starved
     right = [refused for refused, wrong, _ in default if not wrong]
     answered = [wrong for refused, wrong, _ in cases if not refused]

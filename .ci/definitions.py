@@ -1,0 +1,26 @@
+"""The notebook's `define` cells, all of them and nothing else, as one module.
+
+For all of .ci. Torch is first imported by those cells: the pretended GPU has to come before it.
+"""
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def notebook_cells():
+    return json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]
+
+
+def definitions():
+    """The module."""
+    nb = types.ModuleType("pixelcnn_notebook")
+    sys.modules[nb.__name__] = nb
+    for number, cell in enumerate(notebook_cells()):
+        if "define" in cell["metadata"].get("tags", []):
+            exec(compile("".join(cell["source"]), f"PixelCNN.ipynb cell {number}", "exec"), nb.__dict__)
+    return nb
