@@ -173,7 +173,7 @@ def test_counts_and_running_means_equal_their_definitions(model):
     image, pixel = random_images(1) // 16, 300
     expected = model.counts(torch.log1p(torch.bincount(image.flatten()[:pixel].int(), minlength=256).float()))
     for first_row in (0, 5):
-        told = model.told(image, first_row).flatten(1, 2)[0, pixel - 28 * first_row]
+        told = model.count_term(image, first_row).flatten(1, 2)[0, pixel - 28 * first_row]
         assert torch.allclose(told, expected, atol=1e-5) and not torch.allclose(told, 0.99 * expected, atol=1e-5)
     mean = copy.deepcopy(model.blocks[1].mean).double()
     h = torch.randn(1, 28, 28, model.config.channels, dtype=torch.float64)
