@@ -111,6 +111,16 @@ def weights(options):
     print(f"weights after {images:,} images are in {CARRIED / path.name}")
 
 
+def with_draws(nb, model, digits, count, folder, rank, world):
+    """Digits and draws of the model; each process draws its share, once a folder."""
+    parts = [folder / f"draws{number}of{world}.pt" for number in range(world)]
+    if not parts[rank].exists():
+        nb.save_atomically(nb.sample(model, count // world, seed=59 + rank).cpu(), parts[rank])
+    if world > 1:
+        dist.barrier()
+    return torch.cat([digits, *(torch.load(part, weights_only=True) for part in parts)])
+
+
 def work(rank, world, stage, options, minutes):
     """One process's part of a stage; process 0 keeps the state and validates."""
     nb, folder = definitions(), Path(options.folder)
@@ -124,8 +134,7 @@ def work(rank, world, stage, options, minutes):
         model = nb.load_checkpoint(folder / NAMES["small"], device.type)
         whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
         extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
-        digits = images
-        images = lambda: torch.cat([digits, nb.sample(model, 64 if options.tiny else 27_000, seed=59).cpu()])
+        images = partial(with_draws, nb, model, images, 64 if options.tiny else 27_000, folder, rank, world)
     whole = config
     if stage == "small":
         config, extra = going_on(nb, config, path, device)
@@ -170,7 +179,8 @@ def trained(stage, options, end):
                for rank in range(world)]
     for worker in workers:
         worker.start()
-    while time.monotonic() < end and all(worker.is_alive() for worker in workers):
+    # The others are done before process 0, which validates at the end.
+    while time.monotonic() < end and workers[0].is_alive() and not any(worker.exitcode for worker in workers):
         time.sleep(0.5)
     for worker in workers:  # one that is cut off loses the last three minutes at most
         worker.join(60 if path.exists() else 0)
