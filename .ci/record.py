@@ -43,7 +43,7 @@ def recipe(nb, stage, tiny):
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":
         config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
-                         learning_rate=0.0015, images_seen=512 if tiny else 256_000)
+                         learning_rate=0.0015, decay=0.4, images_seen=512 if tiny else 204_800)
     return config
 
 
@@ -111,6 +111,15 @@ def weights(options):
     print(f"weights after {images:,} images are in {CARRIED / path.name}")
 
 
+def compiled_guide(nb, model, tiny, config):
+    """A guide's network whose encoder, like the model, is compiled: `train` compiles h alone."""
+    network = nb.GuideNetwork(config)
+    if not tiny:
+        model.compile()
+        network.encoder.compile()
+    return network
+
+
 def with_draws(nb, model, digits, count, folder, rank, world):
     """Digits and draws of the model; each process draws its share, once a folder."""
     parts = [folder / f"draws{number}of{world}.pt" for number in range(world)]
@@ -133,8 +142,9 @@ def work(rank, world, stage, options, minutes):
     if stage == "guide":
         model = nb.load_checkpoint(folder / NAMES["small"], device.type)
         whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
-        extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
-        images = partial(with_draws, nb, model, images, 64 if options.tiny else 27_000, folder, rank, world)
+        extra = dict(network=partial(compiled_guide, nb, model, options.tiny),
+                     initial=nb.GuideNetwork.starting_from(model, config.encoder))
+        images = partial(with_draws, nb, model, images[:15_000], 64 if options.tiny else 40_000, folder, rank, world)
     whole = config
     if stage == "small":
         config, extra = going_on(nb, config, path, device)

@@ -47,9 +47,9 @@ def test_it_is_a_distribution_given_the_evidence(nb, guide, table, evidence, unk
     rows = [(support == draw).flatten(1).all(1).nonzero().item() for draw in draws]
     assert (log_g - log_probs[rows]).abs().max() < 1e-12
     other = torch.where(known, evidence[1], 2 - evidence[1])
-    assert (guide.told(other[None], known[None]).position == told.position).all()
+    assert (guide.told(other[None], known[None]).hint == told.hint).all()
     changed = torch.where(known, (evidence[1] + 1) % 3, evidence[1])
-    assert (guide.told(changed[None], known[None]).position != told.position).any()
+    assert (guide.told(changed[None], known[None]).hint != told.hint).any()
 
 
 @pytest.mark.parametrize("unknown", MASKS)

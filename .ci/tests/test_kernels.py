@@ -204,7 +204,7 @@ def test_what_the_walk_keeps_is_what_the_full_pass_says(nb, tiny, evidence, lear
     uniforms = torch.rand(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kept = guide.draw_rows(images, guide.new_cache(50), uniforms, 0, 3)
     assert len(images.unique(dim=0)) > 5
-    whole = [tiny(images)] + ([network(images, None, 0, guide.position)] if learned else [])
+    whole = [tiny(images)] + ([network(images, None, 0, guide.hint)] if learned else [])
     assert len(kept) == len(whole)
     for mine, full in zip(kept, whole):
         assert (mine - full).abs().max() < 1e-10
