@@ -34,11 +34,8 @@ NAMES = {"small": "small.pt", "guide": "small_guide.pt", "large": "large.pt"}
 
 
 def recipe(nb, stage, tiny):
-    """Warm-up, a long constant phase, a decay at the end."""
-    rates = dict(decay=0.25, warmup=0.01, batch_size=64)
-    config = replace(nb.CONFIGS["small" if stage == "guide" else stage], **rates)
-    if stage == "small":
-        config = replace(config, images_seen=620_000)
+    """The notebook's."""
+    config = nb.CONFIGS["small" if stage == "guide" else stage]
     if tiny:
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":

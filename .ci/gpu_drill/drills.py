@@ -30,11 +30,11 @@ MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
 for parameter in MODEL.parameters():
     parameter.add_(0.2 * torch.randn_like(parameter))
 NETWORK = nb.GuideNetwork.starting_from(MODEL, (1, 2))
-for parameter in NETWORK.encoder.parameters():
+for parameter in NETWORK.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
-BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1)
+BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1, least_beta=0.0)
 CUDA = torch.device("cuda", 0)
 
 

@@ -45,6 +45,21 @@ def pair(nb, model, mnist):
     return image, known, terms - total, (before + total).item()
 
 
+def test_draws_and_weights_do_not_depend_on_the_number_of_threads(nb, guide, mnist, monkeypatch):
+    """To the last bit: which number was fast must not show. (The control: another seed.)"""
+    known, before, found = torch.arange(784).view(28, 28) >= 5 * 28, torch.get_num_threads(), []
+    told = guide.told(mnist[2][:1], known[None])
+    monkeypatch.setattr(nb, "at_best_pace", lambda columns, threads: columns)
+    try:
+        for threads, seed in ((1, 0), (2, 0), (1, 1)):
+            torch.set_num_threads(threads)
+            found.append(told.draw(mnist[2][0], 128, seed))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, other in zip(*found):
+        assert torch.equal(one, two) and not torch.equal(one, other)
+
+
 def z_of(log_probs, draws):
     """Largest |z| over log p of the pair and its two levels, for draws uint8 [replicates, n, h, w].
 

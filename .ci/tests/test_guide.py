@@ -14,7 +14,7 @@ def meaningless_guide(nb, model, seed, strength, powers):
     """A guide with random weights: its hints mean nothing. Its exponents need not sum to 1."""
     torch.manual_seed(seed)
     network = nb.GuideNetwork.starting_from(model, (1, 2))
-    for parameter in network.encoder.parameters():
+    for parameter in network.parameters():
         parameter.add_(strength * torch.randn_like(parameter))
     network.powers.copy_(torch.tensor(powers))
     return nb.Guide(model, network)

@@ -64,8 +64,9 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     """
     kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
     default = outcomes(nb, [nb.Budget()], kinds, off_model)
-    smallest = outcomes(nb, [nb.Budget(initial=4, particles=1, sweeps=2, rounds=2)], kinds, off_model)
-    starving = [nb.Budget(initial=8, particles=2, rounds=2), nb.Budget(initial=16, particles=8, rounds=1)]
+    smallest = outcomes(nb, [nb.Budget(initial=4, particles=1, sweeps=2, rounds=2, least_beta=0.0)], kinds, off_model)
+    starving = [nb.Budget(initial=8, particles=2, rounds=2, least_beta=0.0),
+                nb.Budget(initial=16, particles=8, rounds=1, least_beta=0.0)]
     starved = outcomes(nb, starving, kinds, off_model)
     cases = default + smallest + starved
     right = [refused for refused, wrong, _ in default if not wrong]
