@@ -14,7 +14,7 @@ def meaningless_guide(nb, model, seed, strength, powers):
     """A guide with random weights: its hints mean nothing. Its exponents need not sum to 1."""
     torch.manual_seed(seed)
     network = nb.GuideNetwork.starting_from(model, (1, 2))
-    for parameter in network.parameters():
+    for parameter in network.encoder.parameters():
         parameter.add_(strength * torch.randn_like(parameter))
     network.powers.copy_(torch.tensor(powers))
     return nb.Guide(model, network)
@@ -22,8 +22,11 @@ def meaningless_guide(nb, model, seed, strength, powers):
 
 @pytest.fixture(scope="module")
 def guide(nb, tiny):
-    """Its hints are strong."""
-    return meaningless_guide(nb, tiny, 3, 0.15, [0.7, 0.6])
+    """Its hints are strong, and they reach every block."""
+    guide = meaningless_guide(nb, tiny, 3, 0.15, [0.7, 0.6])
+    for block in guide.network.blocks:
+        block.told.weight.add_(0.15 * torch.randn_like(block.told.weight))
+    return guide
 
 
 MASKS = [(0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7)]

@@ -70,8 +70,7 @@ def test_results_are_complete_and_well_formed(executed, root):
     _, folder = executed
     fast = json.loads((folder / "figures" / "results.json").read_text())
     saved = json.loads((root / "figures" / "results.json").read_text())
-    only_proved = {"one_pixel_log_z_error", "notebook_minutes_proved"}  # where the saved run left appendix B out
-    assert set(saved) <= set(fast) and set(fast) - set(saved) <= only_proved
+    assert set(saved) == set(fast)
     for entry in fast.values():
         assert set(entry) == {"value", "stderr", "unit", "n", "how", "device"}
     assert fast["tiny_total_variation_tempered"]["value"] < 0.1 < fast["tiny_total_variation_forward_gibbs"]["value"]
