@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from definitions import ROOT, definitions, notebook_cells
 
-KNOWN, ASKED, UNKNOWN = "#404040", "#d55e00", "#cddff0"
+KNOWN, UNKNOWN = "#404040", "#cddff0"  # what is asked: the notebook's THIRD
 NOTES = "exact", "draws, averaged", "exact", "sampler + E", "exact", "exact draws", "sampler"
 
 
@@ -22,18 +22,19 @@ def cut_out(nb, statuses):
     """The pictures of figures/question_g.png, [rows][columns], arrays: it is laid out anew to see where they stand."""
     figure = nb.draw_images([[np.zeros((28, 28))] * len(nb.BESIDE_WRONG)] * len(statuses), statuses, nb.BESIDE_WRONG,
                             scale=0.8)
-    figure.savefig(io.BytesIO(), dpi=160)
+    figure.savefig(io.BytesIO())
     picture = np.asarray(Image.open(ROOT / "figures" / "question_g.png").convert("RGB"))
     boxes = np.array([axis.get_position().extents for axis in figure.axes])
     plt.close(figure)
     height, width = picture.shape[:2]
     sides = np.round(boxes * [width, height, width, height]).astype(int)
-    found = [picture[height - top + 1 : height - bottom - 1, left + 1 : right - 1] for left, bottom, right, top in sides]
+    found = [picture[height - top + 1 : height - bottom - 1, left + 1 : right - 1]
+             for left, bottom, right, top in sides]
     columns = len(nb.BESIDE_WRONG)
     return [found[k : k + columns] for k in range(0, len(found), columns)]
 
 
-def question_grids():
+def question_grids(asked_colour):
     """Small pictures of A to G: what is known, asked and unknown."""
     place, centre = np.arange(784).reshape(28, 28), 14 * 28 + 14
     known = [place < 0, place < 0, place < centre, place > centre, place != centre, place < 392, place >= 392]
@@ -43,11 +44,11 @@ def question_grids():
             row, column = np.argwhere(a)[0]
             a = np.zeros_like(a)
             a[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
-        colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (UNKNOWN, KNOWN, ASKED)]
+        colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (UNKNOWN, KNOWN, asked_colour)]
         yield np.array(colours, dtype=np.uint8)[np.where(a, 2, k)]
 
 
-def draw(rows, statuses):
+def draw(nb, rows, statuses):
     """The hero as PNG bytes. rows: pictures of digits, as cut_out has them."""
     figure = plt.figure(figsize=(8.6, 1.3 + 0.8 * len(rows)), layout="none")
     top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(rows), 1.15], hspace=0.2, left=0.01, right=0.99,
@@ -59,14 +60,14 @@ def draw(rows, statuses):
             axis.imshow(picture)
             axis.axis("off")
             if line == 0 and column in (0, 3, 8):
-                text, colour = {0: ("known", "k"), 3: ("       completed by this notebook", "#0072b2"),
-                                8: ("by the usual “Gibbs”", ASKED)}[column]
+                text, colour = {0: ("known", "k"), 3: ("       completed by this notebook", nb.ACCENT),
+                                8: ("by the usual “Gibbs”", nb.THIRD)}[column]
                 axis.set_title(text, fontsize=10, color=colour, loc="left" if column < 8 else "center")
             if column == 0:
                 axis.text(1.08, 0.5, status.replace("not converged", "refused"), transform=axis.transAxes,
                           fontsize=7, va="center")
     grid = bottom.subgridspec(1, 7, wspace=0.5)
-    for cell, letter, note, picture in zip(range(7), "ABCDEFG", NOTES, question_grids()):
+    for cell, letter, note, picture in zip(range(7), "ABCDEFG", NOTES, question_grids(nb.THIRD)):
         axis = figure.add_subplot(grid[cell])
         axis.imshow(picture)
         axis.set(xticks=[], yticks=[])
@@ -91,7 +92,7 @@ def main():
              if "question G" in (text := "".join(output.get("data", {}).get("text/plain", "")))]
     statuses = re.findall(r"test image \d+ +((?:not )?converged|exact)", shown[0])
     pictures = cut_out(nb, statuses)
-    png = draw([pictures[k] for k in chosen], [statuses[k] for k in chosen])
+    png = draw(nb, [pictures[k] for k in chosen], [statuses[k] for k in chosen])
     book = json.loads(path.read_text())
     book["cells"][0]["source"] = re.sub(r"base64,[A-Za-z0-9+/=]+", lambda _: "base64," + base64.b64encode(png).decode(),
                                         "".join(book["cells"][0]["source"])).splitlines(keepends=True)

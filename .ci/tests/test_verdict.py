@@ -59,9 +59,9 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     and misleading guides included, at most 10 % are wrong, and none where the budget is smallest; 95 % intervals of
     log Z (2.36 errors: t with 7 degrees) cover in at least 88 %.
 
-    Measured: 0 of 45 refused, 11 of 126 wrong, 116 covered (with other random guides 7 of 117 wrong).
-    The wrong ones are cases in which all replicates miss a
-    group of images (the divergence of the guide from the posterior is 3 to 10 nats): no comparison of them can see it.
+    Measured: 0 of 45 refused, 11 of 126 wrong, 116 covered (with other random guides 7 of 117 wrong). The wrong ones
+    are cases in which all replicates miss a group of images (the divergence of the guide from the posterior is 3 to 10
+    nats): no comparison of them can see it.
     """
     kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
     default = outcomes(nb, [nb.Budget()], kinds, off_model)
