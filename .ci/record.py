@@ -40,7 +40,7 @@ def recipe(nb, stage, tiny):
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":
         config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
-                         learning_rate=0.0015, decay=0.4, images_seen=512 if tiny else 204_800)
+                         learning_rate=0.0015, decay=0.2, images_seen=512 if tiny else 348_160)
     return config
 
 
@@ -81,13 +81,13 @@ def fitting(nb, config, path, images, device, minutes):
     return replace(config, images_seen=json.loads(kept.read_text()))
 
 
-def going_on(nb, config, path, device):
+def going_on(nb, config, path, device, network):
     """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/record
     stand in for a lost state."""
     kept, weights = path.with_name("continued.json"), CARRIED / path.name
     if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
         return config, {}
-    initial = nb.load_checkpoint(weights, device.type)
+    initial = nb.load_checkpoint(weights, device.type, network)
     if not kept.exists():
         kept.write_text(json.dumps(initial.history[-1]["images"]))
     left = config.images_seen - json.loads(kept.read_text())
@@ -141,10 +141,11 @@ def work(rank, world, stage, options, minutes):
         whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
         extra = dict(network=partial(compiled_guide, nb, model, options.tiny),
                      initial=nb.GuideNetwork.starting_from(model, config.encoder))
-        images = partial(with_draws, nb, model, images[:15_000], 64 if options.tiny else 40_000, folder, rank, world)
+        images = partial(with_draws, nb, model, images[:40_000], 64 if options.tiny else 40_000, folder, rank, world)
     whole = config
-    if stage == "small":
-        config, extra = going_on(nb, config, path, device)
+    if stage != "large":
+        config, other = going_on(nb, config, path, device, nb.GuideNetwork if stage == "guide" else nb.PixelCNN)
+        extra.update(other)
     if stage == "large":
         config = fitting(nb, config, path, images, device, minutes)
     loss = whole_loss
@@ -167,7 +168,7 @@ def work(rank, world, stage, options, minutes):
         dist.barrier()  # the state was copied before anybody writes it
     model, history = nb.train(config, images, validation, path=path, device=device.type, loss=loss, score=score,
                               report=report if rank == 0 else None, compiled=not options.tiny, **extra)
-    if rank == 0 and stage == "small" and config != whole:  # the end of the whole recipe
+    if rank == 0 and stage != "large" and config != whole:  # the end of the whole recipe
         model.config = whole
         nb.save_checkpoint(model, history, path)
 
