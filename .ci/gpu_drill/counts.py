@@ -72,10 +72,10 @@ band = torch.zeros(28, 28, dtype=torch.bool)
 band[4:10] = True
 move = counted(lambda: nb.redraw(particles, told, band.cuda(), 0.5, generator))
 line("a band of six rows redrawn, 64 particles", *move, 64 * one_pass * 5)
-draw = counted(lambda: told.draw(image.cuda(), 2, 0))
-line("1024 draws of the top half, weighted", *(4 * x for x in draw), 1024 * one_pass * 2.5)
+draw = counted(lambda: nb.draw_looking_ahead(told, image.cuda(), 2, 2, 0))
+line("1024 draws of the top half, culled and weighted", *(4 * x for x in draw), 1024 * one_pass * 3.6)
 # A batch has the launches of one image: four parts of 256 draws an image are, though, drawn image by image.
 for images in (1, 10):
     whole = [images * 4 * d + 2.5 * (4 + 2) * m for d, m in zip(draw, move)]  # four temperatures and two sweeps
     line(f"G, {images} digit{'s' * (images > 1)}, a round of four temperatures and two sweeps",
-         *(round(x) for x in whole), images * (1024 * 2.5 + 6 * 2.5 * 64 * 5) * one_pass)
+         *(round(x) for x in whole), images * (1024 * 3.6 + 6 * 2.5 * 64 * 5) * one_pass)

@@ -115,9 +115,8 @@ SAME_CALL = {
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
-    "parallel_tempering": lambda m, g, to: nb.parallel_tempering(m, to(IMAGES[0]), to(KNOWN), [0.0, 0.5, 1.0], 3),
-    "compare_samplers": lambda m, g, to: [torch.tensor(row[1:]) for row in nb.compare_samplers(
-        m, to(IMAGES[0]), KNOWN, BUDGET, [0.0, 0.5, 1.0], 8, guide=g)],
+    "draw_looking_ahead": lambda m, g, to: list(nb.draw_looking_ahead(
+        told(g, KNOWN), torch.where(KNOWN, IMAGES[0], 0).to(torch.uint8).to(m.position.device), 4, 8, 3)),
     "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
         told(g, KNOWN), IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
         torch.Generator().manual_seed(0)),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import t_bound
+from second_sampler import log_evidences, parallel_tempering
 from test_kernels import RANK_BOUND, rank_statistic, wrong_acceptance
 
 pytestmark = pytest.mark.slow
@@ -86,7 +87,8 @@ def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, le
     generator = torch.Generator().manual_seed(3)
     draws, weights, _ = told.draw(image, 16 * 32, 3)
     budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2)
-    state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights.view(1, 16, 32), budget, generator)
+    weights = weights.view(1, 16, 32)
+    state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights, 0 * weights, budget, generator)
     nb.move(state, told, budget, 1.0, generator)
     ratio = (log_z[0] - log_evidence).exp()
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4
@@ -96,7 +98,7 @@ def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, le
 def test_parallel_tempering_and_gibbs_meet_it_and_forward_gibbs_does_not(nb, model, pair):
     """Gibbs: a sweep from exact draws must leave exact draws. Forward "Gibbs" misses by more than 8.4 errors."""
     image, known, log_probs, _ = pair
-    chains = nb.parallel_tempering(model, image, known, [0.0, 0.2, 1.0], 30, 16, 2, seed=5)[0]
+    chains = parallel_tempering(nb, model, image, known, [0.0, 0.2, 1.0], 30, 16, 2, seed=5)[0]
     assert z_of(log_probs, chains[:, 6:]) < BOUND
     generator, swept = torch.Generator().manual_seed(1), []
     for code in torch.multinomial(log_probs.exp().flatten(), 64, True, generator=generator).tolist():
@@ -105,6 +107,25 @@ def test_parallel_tempering_and_gibbs_meet_it_and_forward_gibbs_does_not(nb, mod
         swept.append(nb.gibbs_sweep(model, start, known, generator))
     assert z_of(log_probs, torch.stack(swept).view(16, 4, 28, 28)) < BOUND
     assert z_of(log_probs, nb.sample(model, 256, image=image, known=known, seed=2).view(16, 16, 28, 28)) > BOUND
+
+
+def test_complete_agrees_with_parallel_tempering(nb, model, guide, mnist):
+    """4x4 hidden pixels of a digit: three means and log Z, within 5 errors of 8 replicates and 8 chains. The control:
+    draws of the forward "Gibbs", whose evidence term is off by more."""
+    image, known, betas = mnist[2][1], torch.ones(28, 28, dtype=torch.bool), [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0]
+    known[12:16, 12:16] = False
+    ours = nb.complete(model, image, known, 1, seed=30, guide=guide).diagnostics["replicates"]
+    _, values, evidences = parallel_tempering(nb, model, image, known, betas, 40, seed=31)
+    theirs = nb.Replicates(None, log_evidences(betas, evidences[..., 10:])[:, None], None, None)
+    pairs = [(*ours.log_evidence(), *theirs.log_evidence())]
+    for name, mine, means in zip(nb.SUMMARIES, ours.values, values[..., 10:].mean(dim=2)):
+        pairs.append((*ours.over(ours.within(mine)), means.mean(), means.std() / len(means) ** 0.5))
+    zs = [float((a - b) / (da**2 + db**2) ** 0.5) for a, da, b, db in pairs]
+    print("complete against parallel tempering, in errors:", [round(z, 1) for z in zs])
+    assert max(map(abs, zs)) < 5
+    wrong = nb.evidence_log_probs(model, nb.sample(model, 64, image=image, known=known, seed=32), known)
+    _, _, mean, error = pairs[2]  # of the evidence term
+    assert abs(wrong.mean() - mean) > 5 * (error**2 + wrong.var() / len(wrong)) ** 0.5
 
 
 def statistic_of(nb, guide, kernel, n=96, accept=None):

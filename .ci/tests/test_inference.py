@@ -240,16 +240,21 @@ def test_the_jackknife_of_a_plain_mean_is_its_standard_error(nb):
 
 def test_first_betas_do_not_look_at_their_own_draws(nb):
     weights = 20 * torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(0)).double()
-    betas = nb.first_betas(weights, 10)
+    offset = torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(1)).double() / 2
+    betas = nb.first_betas(weights, 10, offset)
     for b in range(2):
         for r in range(8):
-            others = torch.cat([weights[b, :r], weights[b, r + 1 :]])
-            assert abs(nb.ess(betas[b, r] * others).mean() - 10) < 1e-6
+            others, added = (torch.cat([x[b, :r], x[b, r + 1 :]]) for x in (weights, offset))
+            worth = [nb.ess(factor * betas[b, r] * others + added).mean() for factor in (1, 2**0.25)]
+            assert worth[0] >= 10 > worth[1]  # the next one on the ladder would be too large
     changed = weights.clone()
     changed[0, 3] = 0
-    again = nb.first_betas(changed, 10)
+    again = nb.first_betas(changed, 10, offset)
     assert again[0, 3] == betas[0, 3] and (again[0, :3] != betas[0, :3]).all() and (again[1] == betas[1]).all()
-    assert (nb.first_betas(torch.zeros(1, 2, 5).double(), 3) == 1).all()
+    nothing = torch.zeros(1, 2, 5).double()
+    assert (nb.first_betas(nothing, 3, nothing) == 1).all()
+    out_of_reach = nb.first_betas(weights, 10, -20 * weights)  # worth 10 at no beta up to 1: the best is 1
+    assert (out_of_reach == 1).all()
 
 
 def test_one_hidden_pixel_of_a_larger_model(nb):
