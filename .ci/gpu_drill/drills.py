@@ -116,7 +116,7 @@ SAME_CALL = {
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
     "draw_looking_ahead": lambda m, g, to: list(nb.draw_looking_ahead(
-        told(g, KNOWN), torch.where(KNOWN, IMAGES[0], 0).to(torch.uint8).to(m.position.device), 4, 8, 3)),
+        told(g, KNOWN), IMAGES[0].to(m.position.device), 4, 8, 3)),
     "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
         told(g, KNOWN), IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
         torch.Generator().manual_seed(0)),

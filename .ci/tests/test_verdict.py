@@ -56,7 +56,7 @@ def outcomes(nb, budgets, kinds, off_model):
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets
-    and misleading guides included, at most 12 % are wrong, and none where the budget is smallest; 95 % intervals of
+    and misleading guides included, at most 10 % are wrong, and none where the budget is smallest; 95 % intervals of
     log Z (2.36 errors: t with 7 degrees) cover in at least 88 %.
 
     Measured: 0 of 45 refused, 13 of 132 wrong, 121 covered (before draws were culled 11 of 126; 5 % is the aim). The
@@ -77,7 +77,7 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
           f"wrong {sum(answered)}; covered {sum(covered)} of {len(covered)}")
     assert len(cases) >= 200 and len(answered) >= 80
     assert sum(right) <= 0.1 * len(right)
-    assert sum(answered) <= 0.12 * len(answered)
+    assert sum(answered) <= 0.1 * len(answered)
     assert not any(wrong and not refused for refused, wrong, _ in smallest)
     assert sum(covered) >= 0.88 * len(covered)
     wrong = [refused for refused, wrong, _ in cases if wrong]
