@@ -120,7 +120,6 @@ SAME_CALL = {
     "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
         told(g, KNOWN), IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
         torch.Generator().manual_seed(0)),
-    "one_pixel_check": lambda m, g, to: nb.one_pixel_check(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
     "surprise_z": lambda m, g, to: nb.surprise_z(m, to(IMAGES)),

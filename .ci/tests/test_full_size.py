@@ -88,7 +88,7 @@ def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, le
     draws, weights, _ = told.draw(image, 16 * 32, 3)
     budget = nb.Budget(replicates=16, initial=32, particles=8, tails=2)
     weights = weights.view(1, 16, 32)
-    state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights, 0 * weights, budget, generator)
+    state, log_z, _ = nb.temper(told, draws.view(1, 16, 32, 28, 28), weights, budget, generator)
     nb.move(state, told, budget, 1.0, generator)
     ratio = (log_z[0] - log_evidence).exp()
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4

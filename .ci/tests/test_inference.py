@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from bounds import MANY, agree, t_bound
+from one_pixel import one_pixel_check
 from test_kernels import known_mask, tempered, wrong_acceptance
 
 
@@ -265,7 +266,7 @@ def test_one_hidden_pixel_of_a_larger_model(nb):
         model.head.weight.mul_(8)
     model.eval().requires_grad_(False)
     image = nb.sample(model, 1, seed=2)[0]
-    exact, completion, distance = nb.one_pixel_check(model, image, (5, 6), nb.Budget(replicates=16, initial=200))
+    exact, completion, distance = one_pixel_check(nb, model, image, (5, 6), nb.Budget(replicates=16, initial=200))
     assert completion.status == "converged"
     assert abs(completion.log_evidence - exact) < t_bound(16) * completion.log_evidence_stderr + 1e-3
     assert distance < 0.1
