@@ -34,7 +34,7 @@ for parameter in NETWORK.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
-BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1, least_beta=0.0)
+BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1, most_sd=float("inf"))
 CUDA = torch.device("cuda", 0)
 
 
@@ -122,7 +122,6 @@ SAME_CALL = {
         torch.Generator().manual_seed(0)),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
-    "surprise_z": lambda m, g, to: nb.surprise_z(m, to(IMAGES)),
     "receptive_field": lambda m, g, to: nb.receptive_field(m, (3, 2)),
     "leaked_difference": lambda m, g, to: nb.leaked_difference(m, IMAGES),
     "cached_difference": lambda m, g, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),

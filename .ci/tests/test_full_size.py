@@ -4,6 +4,7 @@ import pytest
 import torch
 from bounds import t_bound
 from second_sampler import log_evidences, parallel_tempering
+from surprise import surprise_z
 from test_kernels import RANK_BOUND, rank_statistic, wrong_acceptance
 
 pytestmark = pytest.mark.slow
@@ -44,6 +45,16 @@ def pair(nb, model, mnist):
     total = terms.flatten().logsumexp(0)
     before = nb.pixel_log_probs(model, image[None])[0].flatten()[: ROW * 28 + COLUMN].sum()
     return image, known, terms - total, (before + total).item()
+
+
+def test_samples_are_as_surprising_as_the_model_expects(nb, model):
+    """z of 256 draws; it would see T = 0.95, or the last bit of 4 % of the ink flipped: a stale cache, for instance."""
+    draws = nb.sample(model, 256, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    hit = (draws > 1) & (torch.rand(draws.shape, generator=generator) < 0.04)
+    assert abs(surprise_z(nb, model, draws)) < 4
+    assert surprise_z(nb, model, nb.sample(model, 256, seed=3, temperature=0.95)) < -6
+    assert surprise_z(nb, model, torch.where(hit, draws ^ 1, draws)) > 6
 
 
 def test_draws_and_weights_do_not_depend_on_the_number_of_threads(nb, guide, mnist, monkeypatch):

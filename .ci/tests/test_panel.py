@@ -45,7 +45,8 @@ def test_the_hidden_rectangle_is_completed_and_the_rest_kept(nb, panel, seen):
     (figure,) = shown
     pictures = [axis.images[0].get_array() for axis in figure.axes]
     assert len(pictures) == 6 and (pictures[0] == images[3].numpy()).all()
-    assert all((picture == draw.numpy()).all() for picture, draw in zip(pictures[2:], completion.draws))
+    assert all((picture == nb.tinted(draw, known).numpy()).all()
+               for picture, draw in zip(pictures[2:], completion.draws))
     assert completion.status in figure.get_supxlabel() and not nb.plt.get_fignums()
     assert not widget.manual_button.disabled
 
