@@ -182,7 +182,7 @@ def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
         assert masks.shape == (500, config.height, config.width) and (~masks).flatten(1).any(1).all()
         assert (masks == nb.random_masks(500, config, 7)).all() and (masks != nb.random_masks(500, config, 8)).any()
     share = nb.random_masks(2000, nb.Config(), 0).double().mean(0)  # each pixel is known now and then, and unknown
-    assert share.min() > 0.1 and share.max() < 0.9
+    assert share.min() > 0.19 and share.max() < 0.9
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
