@@ -129,7 +129,7 @@ def ratio_z(nb, guide, table, image, known, seed):
     return (found["evidence_ratio"] - 1) / found["evidence_stderr"], found["z"][answer[1] > 0.02].abs().max()
 
 
-@pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 1, 4)])
+@pytest.mark.parametrize("unknown", [(0, 1, 2), (0, 1, 4), (0, 2, 4, 7)])
 def test_a_meaningless_guide_still_gives_the_right_answer(nb, guide, table, evidence, unknown):
     """Detects 6 standard errors of 40 replicates: a few per cent in Z."""
     of_evidence, of_completions = ratio_z(nb, guide, table, evidence[1], known_mask(*unknown), seed=1)

@@ -27,9 +27,9 @@ MASKS = [(0, 1, 2), (0, 4, 8), (0, 1, 2, 3, 4), (1, 3, 5, 7), (0, 1, 3), (2,), (
 
 
 def outcomes(nb, budgets, kinds, off_model):
-    """Of many cases: (refused, wrong, whether the 95 % interval of log Z covers, whether it is log Z that is wrong) of
-    each. Wrong: log Z off by more than 1 nat, or a pixel's mean level or log Z by more than 4 standard errors (and an
-    allowance of 0.02 of a level or nat).
+    """Of many cases: (refused, wrong, whether the 95 % interval of log Z covers, whether it is log Z that is wrong,
+    whether it would be wrong by the replicates' spread alone) of each. Wrong: log Z off by more than 1 nat, or a pixel's
+    mean level or log Z by more than 4 standard errors (and an allowance of 0.02 of a level or nat).
     """
     found = []
     for number in range(17):
@@ -47,21 +47,25 @@ def outcomes(nb, budgets, kinds, off_model):
                 answer = nb.complete(model, image, known, 1, budget, number, guide_of(nb, model, kind, number))
                 replicates = answer.diagnostics["replicates"]
                 off = abs(answer.log_evidence - log_evidence)
-                mean, stderr = replicates.over(replicates.within(replicates.draws[:, :, ~known]))
+                means = replicates.within(replicates.draws[:, :, ~known])
+                mean, spread = replicates.over(means)
+                stderr = replicates.estimate(means, 2)[1]
                 wrong_z = off > 1 or off > 4 * replicates.log_evidence()[1] + 0.02
-                wrong = wrong_z or bool(((mean - exact).abs() > 4 * stderr + 0.02).any())
+                wrong, alone = (wrong_z or bool(((mean - exact).abs() > 4 * error + 0.02).any())
+                                for error in (stderr, spread))
                 covered = off <= stats.t.isf(0.025, 7) * replicates.log_evidence()[1] + 1e-9
-                found.append((answer.status != "converged", wrong, covered, wrong_z))
+                found.append((answer.status != "converged", wrong, covered, wrong_z, alone))
     return found
 
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     """204 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets
-    and misleading guides included, at most 10 % are wrong, none in log Z, and none where the budget is smallest; 95 %
+    and misleading guides included, at most 5 % are wrong, none in log Z, and none where the budget is smallest; 95 %
     intervals of log Z (2.36 errors: t with 7 degrees) cover in at least 88 %.
 
-    Measured: 0 of 45 refused, 12 of 128 wrong, 118 covered (5 % wrong is the aim). The wrong ones are pixels' means in
-    cases in which all replicates miss a group of images that holds a few per cent: no comparison of them can see it.
+    Measured: 0 of 49 refused, 3 of 126 wrong, 116 covered. The controls: with the replicates' spread alone as the error
+    more than 5 % are wrong (all replicates miss a group of images that holds a few per cent: no comparison of them can
+    see it), and without refusals far more.
     """
     kinds, off_model = ["model", "random", "misleading"], lambda number: number % 4 == 3
     default = outcomes(nb, [nb.Budget()], kinds, off_model)
@@ -71,16 +75,15 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     starved = outcomes(nb, starving, kinds, off_model)
     cases = default + smallest + starved
     right = [refused for refused, wrong, *_ in default if not wrong]
-    answered = [wrong for refused, wrong, *_ in cases if not refused]
-    covered = [covers for refused, _, covers, _ in cases if not refused]
+    answered, covered, of_z, alone = zip(*(rest for refused, *rest in cases if not refused))
     print(f"default: {len(right)} right, {sum(right)} of them refused; answered {len(answered)} of {len(cases)}, "
-          f"wrong {sum(answered)}; covered {sum(covered)} of {len(covered)}")
+          f"wrong {sum(answered)}, by the spread alone {sum(alone)}; covered {sum(covered)} of {len(covered)}")
     assert len(cases) >= 200 and len(answered) >= 80
     assert sum(right) <= 0.1 * len(right)
-    assert sum(answered) <= 0.1 * len(answered)
-    assert not any(wrong_z and not refused for refused, *_, wrong_z in cases)
+    assert sum(answered) <= 0.05 * len(answered) < sum(alone)
+    assert not any(of_z)
     assert not any(wrong and not refused for refused, wrong, *_ in smallest)
     assert sum(covered) >= 0.88 * len(covered)
-    wrong = [refused for refused, wrong, *_ in cases if wrong]
-    assert sum(wrong) >= 20  # the control: there are wrong ones, and most of them are refused
+    wrong = [refused for refused, *_, alone in cases if alone]
+    assert sum(wrong) >= 20  # there are wrong ones, and most of them are refused
     assert sum(wrong) >= 0.6 * len(wrong)
