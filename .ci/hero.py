@@ -20,8 +20,8 @@ NOTES = "exact", "draws, averaged", "exact", "sampler + E", "exact", "exact draw
 
 def cut_out(nb, statuses):
     """The pictures of figures/question_g.png, [rows][columns], arrays: it is laid out anew to see where they stand."""
-    figure = nb.draw_images([[np.zeros((28, 28))] * len(nb.BESIDE_WRONG)] * len(statuses), statuses, nb.BESIDE_WRONG,
-                            scale=0.8)
+    labels = [f"test image {number}\n{status}" for number, status in enumerate(statuses)]
+    figure = nb.draw_images([[np.zeros((28, 28))] * len(nb.BESIDE_WRONG)] * len(labels), labels, nb.BESIDE_WRONG, scale=0.8)
     figure.savefig(io.BytesIO())
     picture = np.asarray(Image.open(ROOT / "figures" / "question_g.png").convert("RGB"))
     boxes = np.array([axis.get_position().extents for axis in figure.axes])
@@ -85,11 +85,11 @@ def draw(nb, rows, statuses):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="0,2,3,4", help="which of the ten digits")
+    parser.add_argument("--rows", default="0,2,3,4", help="which of the five digits")
     chosen = [int(row) for row in parser.parse_args().rows.split(",")]
     path, nb = ROOT / "PixelCNN.ipynb", definitions()
     shown = [text for cell in notebook_cells() for output in cell.get("outputs", [])
-             if "question G" in (text := "".join(output.get("data", {}).get("text/plain", "")))]
+             if "question G," in (text := "".join(output.get("data", {}).get("text/plain", "")))]
     statuses = re.findall(r"test image \d+ +((?:not )?converged|exact)", shown[0])
     pictures = cut_out(nb, statuses)
     png = draw(nb, [pictures[k] for k in chosen], [statuses[k] for k in chosen])

@@ -175,6 +175,29 @@ def test_a_batch_is_answered_as_its_images_one_by_one(nb, tiny, table, evidence)
     assert torch.equal(alone.draws, together[0].draws)
 
 
+def test_no_error_is_less_than_what_the_draws_can_have_missed(nb):
+    """Where all draws agree the stderr is span / N; where they do not, the jackknife's; `most` is an upper bound on N."""
+    values = torch.randn(8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = replicates_of(nb, torch.zeros(8), values)
+    n = found.effective_draws
+    assert 20 < n <= 400
+    assert found.estimate(torch.ones(8), 2.0)[1] == 2.0 / n
+    assert found.estimate(torch.ones(8), 2.0, 10)[1] == 0.2
+    apart = torch.arange(8.0, dtype=torch.float64)
+    mean, stderr = found.estimate(apart, 7.0)
+    assert mean == 3.5 and abs(stderr - apart.std() / 8**0.5) < 1e-12
+
+
+def test_what_is_resampled_keeps_its_place(nb):
+    """The copies are those of the sorted indices; every particle with a copy stands where it stood."""
+    log_weights = 2 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    here, there = (nb.systematic_resample(log_weights, torch.Generator().manual_seed(1), n) for n in (None, 40))
+    assert (here.sort(dim=1).values == there).all() and not (here == there).all()
+    places = torch.arange(40).expand(5, 40)
+    copied = (there[:, :, None] == places[:, None]).any(dim=1)
+    assert ((here == places) == copied).all()
+
+
 def test_interrupted_it_returns_what_it_has(nb, tiny, evidence, monkeypatch):
     known, real, rounds = known_mask(0, 1, 2), nb.sample_round, []
 
@@ -185,7 +208,7 @@ def test_interrupted_it_returns_what_it_has(nb, tiny, evidence, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(nb, "sample_round", interrupted)
-    monkeypatch.setattr(nb, "MIN_EFFECTIVE", 10**9)
+    monkeypatch.setattr(nb, "MAX_LOG_EVIDENCE_SD", -1.0)
     answer = nb.complete(tiny, evidence[1], known, 4, nb.Budget(initial=32))
     assert len(rounds) == 2 and answer.status == "not converged" and "stopped" in answer.diagnostics["doubts"]
     assert (answer.draws[:, known] == evidence[1][known]).all() and answer.log_evidence_stderr is None
