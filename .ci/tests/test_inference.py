@@ -231,7 +231,8 @@ def test_each_doubt_is_raised_by_what_it_is_for_alone(nb):
     for log_z, changed, expected in (
             (1.2 * torch.randn(8, generator=generator), values, "log Z differs"),
             (level[:4], values[:4], "4 replicates, fewer"),
-            (torch.tensor([2.0] + 7 * [0.0]), values, "weights are worth"),
+            (torch.tensor([2.0] + 7 * [0.0]), values, "replicates' weights are worth"),
+            (level, values[:, :6], "draws' weights are worth 24"),  # 48, but each particle is there after two sweeps
             (level, values + 3 * torch.randn(8, 1, generator=generator), "effective draws by log joint"),
             (level, torch.arange(8.0)[:, None].expand(8, 40), "effective draws by ink"),  # each stuck at its own
             (level, values + torch.arange(40) / 20, "a drift")):
