@@ -118,10 +118,12 @@ def compiled_guide(nb, model, tiny, config):
 
 
 def with_draws(nb, model, digits, count, folder, rank, world):
-    """Digits and draws of the model; each process draws its share, once a folder."""
-    parts = [folder / f"draws{number}of{world}.pt" for number in range(world)]
+    """Digits and draws of the model; each process draws its share, once a folder. What goes on from weights draws
+    others: a guide that has seen the same draws eight times knows them by heart."""
+    parts, kept = [folder / f"draws{number}of{world}.pt" for number in range(world)], folder / "continued.json"
+    seen = json.loads(kept.read_text()) if kept.exists() else 0
     if not parts[rank].exists():
-        nb.save_atomically(nb.sample(model, count // world, seed=59 + rank).cpu(), parts[rank])
+        nb.save_atomically(nb.sample(model, count // world, seed=59 + rank + seen).cpu(), parts[rank])
     if world > 1:
         dist.barrier()
     return torch.cat([digits, *(torch.load(part, weights_only=True) for part in parts)])
