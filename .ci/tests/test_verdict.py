@@ -39,7 +39,7 @@ def outcomes(nb, budget, seed):
         log_probs = nb.log_prob(model, images, 4096)
         image = nb.sample(model, 1, seed=100 + seed + number)[0]
         if number % 4 == 3:
-            image = images[log_probs.argsort()[number * 50]]  # among the least probable of all
+            image = images[log_probs.argsort()[number * 50 + seed // 100]]  # among the least probable of all
         known = known_mask(*MASKS[number % len(MASKS)])
         support, posterior, log_evidence = nb.exact_posterior(images, log_probs, image, known)
         exact = (posterior[:, None] * support[:, ~known].double()).sum(0)
@@ -62,9 +62,10 @@ def outcomes(nb, budget, seed):
 
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
-    """408 cases: at most 10 % of right answers are refused at the default budget; of all answers given, starved budgets
-    and misleading guides included, at most 5 % are wrong, 2 % in log Z, and none where the budget is smallest; 95 %
-    intervals (2.36 errors: t with 7 degrees) cover in 90 to 99 %, of log Z and of the pixels' means.
+    """408 cases (some thirty posteriors, with several guides, budgets and seeds each): at most 10 % of right answers are
+    refused at the default budget; of all answers given, starved budgets and misleading guides included, at most 5 % are
+    wrong, 3 % in log Z, and none where the budget is smallest; 95 % intervals (2.36 errors: t with 7 degrees) cover in
+    90 to 99 %, of log Z and of the pixels' means.
 
     The controls: with the replicates' spread alone as the error more than 5 % are wrong (all replicates miss a group of
     images that holds a few per cent: no comparison of them can see it), and without refusals far more.
@@ -76,11 +77,13 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     right = [refused for refused, wrong, *_ in default if not wrong]
     wrong_ones, covered, pixels, of_z, alone = map(sum, zip(*(rest for refused, *rest in cases if not refused)))
     count = sum(not refused for refused, *_ in cases)
-    print(f"default: {len(right)} right, {sum(right)} of them refused; answered {count} of {len(cases)}, wrong {wrong_ones}, "
-          f"in log Z {of_z}, by the spread alone {alone}; covered {covered}, of the means {pixels / count:.3f}")
+    plain = [wrong for refused, wrong, *_ in default if not refused]
+    print(f"default: {sum(right)} of {len(right)} right ones refused, {sum(plain)} of {len(plain)} answers wrong; of "
+          f"{len(cases)} answered {count}, wrong {wrong_ones}, in log Z {of_z}, by the spread alone {alone}; intervals "
+          f"that cover {covered}, of the means {pixels / count:.3f}")
     assert len(cases) >= 200 and count >= 80
     assert sum(right) <= 0.1 * len(right)
-    assert wrong_ones <= 0.05 * count < alone and of_z <= 0.02 * count
+    assert wrong_ones <= 0.05 * count < alone and of_z <= 0.03 * count
     assert not any(wrong and not refused for refused, wrong, *_ in smallest)
     assert 0.9 * count <= covered <= 0.99 * count and 0.9 * count <= pixels <= 0.99 * count
     wrong = [refused for refused, *_, alone in cases if alone]
