@@ -176,7 +176,8 @@ def test_a_batch_is_answered_as_its_images_one_by_one(nb, tiny, table, evidence)
 
 
 def test_no_error_is_less_than_what_the_draws_can_have_missed(nb):
-    """Where all draws agree the stderr is span / N; where they do not, the jackknife's; `most` is an upper bound on N."""
+    """Where all draws agree the stderr is span / N, of log Z 1 / N; where they do not, the jackknife's; `most` bounds N
+    from above."""
     values = torch.randn(8, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = replicates_of(nb, torch.zeros(8), values)
     n = found.effective_draws
@@ -186,6 +187,17 @@ def test_no_error_is_less_than_what_the_draws_can_have_missed(nb):
     apart = torch.arange(8.0, dtype=torch.float64)
     mean, stderr = found.estimate(apart, 7.0)
     assert mean == 3.5 and abs(stderr - apart.std() / 8**0.5) < 1e-12
+    assert found.mean_log_z()[1] < 1e-12 and found.log_evidence()[1] == 1 / n  # all Z-hats are equal
+
+
+def test_a_particle_counts_once_after_several_sweeps(nb):
+    """Eight replicates of 40 equal weights, after two sweeps: worth 160; 40 draws of the guide with the same Z-hat make
+    it 1 / (1 / (4 * 160) + 1 / (4 * 320)): the weights of each half are halved."""
+    found = replicates_of(nb, torch.zeros(8), torch.ones(8, 40))
+    assert abs(found.worth_of_weights - 160) < 1e-4
+    of_the_guide = nb.Replicates(found.draws, found.log_w, found.values, torch.zeros(40, dtype=torch.long))
+    assert abs(of_the_guide.worth_of_weights - 320) < 1e-4
+    assert abs(found.joined(of_the_guide).worth_of_weights - 1 / (1 / 640 + 1 / 1280)) < 1e-4
 
 
 def test_what_is_resampled_keeps_its_place(nb):
