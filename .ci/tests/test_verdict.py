@@ -62,10 +62,10 @@ def outcomes(nb, budget, seed):
 
 
 def test_right_answers_pass_and_wrong_ones_are_refused(nb):
-    """408 cases (some thirty posteriors, with several guides, budgets and seeds each): at most 10 % of right answers
-    are refused at the default budget; of all answers given, starved budgets and misleading guides included, at most 5 % are
-    wrong, 3 % in log Z, and none where the budget is smallest; 95 % intervals (2.36 errors: t with 7 degrees) cover in
-    90 to 99 %, of log Z and of the pixels' means.
+    """408 cases (some thirty posteriors, with several guides, budgets and seeds each). At most 10 % of right answers
+    are refused at the default budget; of all answers given, starved budgets and misleading guides included, at most 5 %
+    are wrong, 3 % in log Z, and none where the budget is smallest; 95 % intervals (2.36 errors: t with 7 degrees) cover
+    in 90 to 99 %, of log Z and of the pixels' means.
 
     The controls: with the replicates' spread alone as the error more than 5 % are wrong (all replicates miss a group of
     images that holds a few per cent: no comparison of them can see it), and without refusals far more.
