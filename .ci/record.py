@@ -84,7 +84,7 @@ def fitting(nb, config, path, images, device, minutes):
 def going_on(nb, config, path, device, network):
     """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/record
     stand in for a lost state."""
-    kept, weights = path.with_name("continued.json"), CARRIED / path.name
+    kept, weights = path.with_suffix(".json"), CARRIED / path.name
     if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
         return config, {}
     initial = nb.load_checkpoint(weights, device.type, network)
@@ -120,7 +120,8 @@ def compiled_guide(nb, model, tiny, config):
 def with_draws(nb, model, digits, count, folder, rank, world):
     """Digits and draws of the model; each process draws its share, once a folder. What goes on from weights draws
     others: a guide that has seen the same draws eight times knows them by heart."""
-    parts, kept = [folder / f"draws{number}of{world}.pt" for number in range(world)], folder / "continued.json"
+    parts = [folder / f"draws{number}of{world}.pt" for number in range(world)]
+    kept = (folder / NAMES["guide"]).with_suffix(".json")
     seen = json.loads(kept.read_text()) if kept.exists() else 0
     if not parts[rank].exists():
         nb.save_atomically(nb.sample(model, count // world, seed=59 + rank + seen).cpu(), parts[rank])
