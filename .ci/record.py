@@ -40,7 +40,7 @@ def recipe(nb, stage, tiny):
         config = replace(config, **nb.FAST_SIZES)
     if stage == "guide":
         config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
-                         learning_rate=0.0015, decay=0.2, images_seen=512 if tiny else 571_392)
+                         learning_rate=0.0015, decay=0.2, images_seen=512 if tiny else 648_192)
     return config
 
 
