@@ -45,7 +45,7 @@ def line(what, launches, views, flops, half=0):
 
 image = nb.load_mnist(ROOT / "data")[2][0]
 model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", "cuda")
-guide = nb.load_guide(ROOT / "checkpoints" / "small_guide.pt", model, "cuda")
+guide = nb.Guide(model, nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", "cuda", nb.GuideNetwork))
 with FlopCounterMode(display=False) as counter, torch.no_grad():
     nb.PixelCNN(model.config)(image[None])
 one_pass = counter.get_total_flops()

@@ -20,7 +20,7 @@ def model(nb, root):
 
 @pytest.fixture(scope="module")
 def guide(nb, root, model):
-    return nb.load_guide(root / "checkpoints" / "small_guide.pt", model, "cpu")
+    return nb.Guide(model, nb.load_checkpoint(root / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def pair(nb, model, mnist):
     image = mnist[2][IMAGE].roll(3, 0)
     known = torch.ones(28, 28, dtype=torch.bool)
     known[ROW, COLUMN : COLUMN + 2] = False
-    cache = model.new_cache(1)
+    cache = nb.new_cache(model, 1)
     model(image[None, :ROW], cache)
     cache = cache[torch.zeros(256, dtype=torch.long)]  # the rows above are all alike
     images, terms = image.repeat(256, 1, 1), []

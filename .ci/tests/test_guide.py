@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from bounds import agree, t_bound
+from guides import guide_draws, guide_log_prob
 from one_pixel import one_pixel_check
 from test_kernels import assert_reversible, known_mask, transition_matrix
 
@@ -45,9 +46,9 @@ def test_it_is_a_distribution_given_the_evidence(nb, guide, table, evidence, unk
     known = known_mask(*unknown)
     support = nb.exact_posterior(*table, evidence[1], known)[0]
     told = guide.told(evidence[1][None], known[None])
-    log_probs = nb.guide_log_prob(guide.model, guide, support, known)
+    log_probs = guide_log_prob(nb, guide, support, known)
     assert abs(log_probs.exp().sum().item() - 1) < 1e-12
-    draws, log_g = nb.guide_draws(guide.model, guide, evidence[1], known, 50, seed=1)
+    draws, log_g = guide_draws(nb, guide, evidence[1], known, 50, seed=1)
     rows = [(support == draw).flatten(1).all(1).nonzero().item() for draw in draws]
     assert (log_g - log_probs[rows]).abs().max() < 1e-12
     other = torch.where(known, evidence[1], 2 - evidence[1])
@@ -61,17 +62,17 @@ def test_draws_follow_its_distribution(nb, guide, table, evidence, unknown):
     """Chi-square of 20,000 draws over the completions, and of the model alone; the other guide's draws are rejected."""
     known = known_mask(*unknown)
     support = nb.exact_posterior(*table, evidence[1], known)[0]
-    for name, each in (("guide", guide), ("model", None)):
-        draws, _ = nb.guide_draws(guide.model, each, evidence[1], known, 20_000, seed=2)
+    for name, each in (("guide", guide), ("model", nb.Guide(guide.model))):
+        draws, _ = guide_draws(nb, each, evidence[1], known, 20_000, seed=2)
         counts = 20_000 * nb.frequencies(draws, known, 3)
-        for law, of in (("guide", guide), ("model", None)):
-            expected = 20_000 * nb.guide_log_prob(guide.model, of, support, known).exp()
+        for law, of in (("guide", guide), ("model", nb.Guide(guide.model))):
+            expected = 20_000 * guide_log_prob(nb, of, support, known).exp()
             assert agree(counts, expected) == (name == law)
 
 
 def test_where_all_is_known_its_draw_is_the_image(nb, guide, evidence):
-    for each in (guide, None):
-        draws, log_g = nb.guide_draws(guide.model, each, evidence[1], torch.ones(3, 3, dtype=torch.bool), 2)
+    for each in (guide, nb.Guide(guide.model)):
+        draws, log_g = guide_draws(nb, each, evidence[1], torch.ones(3, 3, dtype=torch.bool), 2)
         assert (draws == evidence[1]).all() and (log_g == 0).all()
 
 
@@ -90,7 +91,7 @@ MISTAKES = ["no proposal ratio", "proposal ratio upside down", "path without g",
 
 
 def bridged(nb, guide, support, known, beta):
-    log_g = nb.guide_log_prob(guide.model, guide, support, known)
+    log_g = guide_log_prob(nb, guide, support, known)
     return torch.softmax((1 - beta) * log_g + beta * nb.log_prob(guide.model, support), dim=0)
 
 
@@ -203,11 +204,11 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
         known = known_mask(0, 1, 2)
         support, posterior, _ = nb.exact_posterior(*table, image, known)
         for network in (start, trained):
-            log_g = nb.guide_log_prob(model, nb.Guide(model, network), support, known)
+            log_g = guide_log_prob(nb, nb.Guide(model, network), support, known)
             divergence = (posterior * (posterior.log() - log_g)).sum().item()
             before, after = (before + divergence, after) if network is start else (before, after + divergence)
     assert after < 0.9 * before
-    again = nb.load_guide(path, model, "cpu").network
+    again = nb.load_checkpoint(path, "cpu", nb.GuideNetwork)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values()))
     with pytest.raises(ValueError, match="of a PixelCNN"):
         nb.load_checkpoint(path, "cpu")
@@ -217,7 +218,7 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
 def test_one_hidden_pixel_at_full_size(nb, root, mnist):
     """The released networks, 28x28, 256 levels, float32: log Z within 8.4 standard errors (or 0.05 nats) of E's."""
     model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
-    guide = nb.load_guide(root / "checkpoints" / "small_guide.pt", model, "cpu")
+    guide = nb.Guide(model, nb.load_checkpoint(root / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork))
     exact, completion, distance = one_pixel_check(nb, model, mnist[2][3], (14, 14), nb.Budget(initial=32), guide=guide)
     _, stderr = completion.diagnostics["replicates"].log_evidence()
     assert completion.status == "converged"

@@ -246,7 +246,7 @@ def test_each_doubt_is_raised_by_what_it_is_for_alone(nb):
             (torch.tensor([2.0] + 7 * [0.0]), values, "replicates' weights are worth"),
             (level, values[:, :6], "draws' weights are worth 24"),  # 48, but each particle is there after two sweeps
             (level, values + 3 * torch.randn(8, 1, generator=generator), "effective draws by log joint"),
-            (level, torch.arange(8.0)[:, None].expand(8, 40), "effective draws by ink"),  # each stuck at its own
+            (level, torch.arange(8.0)[:, None].expand(8, 40), "effective draws by mean level"),  # each stuck at its own
             (level, values + torch.arange(40) / 20, "a drift")):
         doubts = nb.doubts_about(replicates_of(nb, log_z, changed))
         assert any(expected in doubt for doubt in doubts), (expected, doubts)

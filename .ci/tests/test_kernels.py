@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import chi_square_bound, t_bound
+from guides import guide_log_prob
 
 
 def known_mask(*unknown):
@@ -77,7 +78,7 @@ def transition_matrix(nb, monkeypatch, guide, support, known, redrawn, beta, mis
     forced = torch.where(redrawn, support.repeat(count, 1, 1), states)
     differs = (forced != states).flatten(1).any(1)
     twins = (support[None, :, redrawn] == support[:, None, redrawn]).all(-1).sum(1).repeat(count)  # the same proposal
-    proposal = nb.guide_log_prob(guide.model, guide, forced, ~redrawn, 4096).exp() / twins
+    proposal = guide_log_prob(nb, guide, forced, ~redrawn).exp() / twins
     if mistake == "last future factor dropped":
         new, old = (nb.pixel_log_probs(guide.model, images[differs], 4096)[:, 2, 2] for images in (forced, states))
         dropped = (new - old) * (beta if known[2, 2] else 1)
@@ -213,7 +214,7 @@ def test_culled_draws_carry_their_weights(nb, tiny, table, evidence, learned):
     draws, weights, offset, values = nb.draw_looking_ahead(told, image, 500, 10, 3)
     flat = draws.flatten(0, 1)
     assert (flat[:, known] == image[known]).all() and offset.std() > 0.1  # culling took place
-    right = nb.log_prob(tiny, flat) - nb.guide_log_prob(tiny, guide, flat, known)
+    right = nb.log_prob(tiny, flat) - guide_log_prob(nb, guide, flat, known)
     assert (weights.flatten() - right).abs().max() < 1e-10
     assert (values[0].flatten() - nb.log_prob(tiny, flat)).abs().max() < 1e-10
     support, posterior, log_evidence = nb.exact_posterior(*table, image, known)

@@ -68,7 +68,7 @@ def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtyp
     images = random_images(n)
     known = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(1)) < 0.3
     known[:, 12:15] = True
-    cache = network.new_cache(n)
+    cache = nb.new_cache(network, n)
     network(images, cache)
     walk, asked = nb.Walk(network, images.clone(), cache), {}
     original = walk.logits
@@ -85,7 +85,7 @@ def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtyp
 @pytest.mark.parametrize("row", [0, 1, 5, 14, 27])
 def test_suffix_evaluation_equals_a_full_pass(model, row):
     double = copy.deepcopy(model).double()
-    images, cache = random_images(3), double.new_cache(3)
+    images, cache = random_images(3), nb.new_cache(double, 3)
     double(images, cache)
     images[:, row, 3] = 255 - images[:, row, 3]
     suffix = double(images, cache, row)
@@ -191,7 +191,7 @@ def test_without_gradients_the_same_is_computed(model):
         plain = double(images).detach()
     with torch.no_grad():
         assert (double(images) - plain).abs().max() < 1e-10
-        cache = double.new_cache(3)
+        cache = nb.new_cache(double, 3)
         double(images[:, :11], cache)
         assert (double(images, cache, 11) - plain[:, :, 11:]).abs().max() < 1e-10
         double.blocks[1].norm.weight[3] *= 1.01  # negative control: another norm is another network
