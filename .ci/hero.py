@@ -1,7 +1,7 @@
 """Puts the picture of the first screen into cell 0: completions of question G and forward Gibbs draws, cut out of
 figures/question_g.png, with their verdicts; below them the questions A to G as small grids.
 
-usage: python .ci/hero.py [--rows 0,1,2,3]
+usage: python .ci/hero.py [--rows 0,1,2]
 """
 import argparse
 import base64
@@ -85,7 +85,7 @@ def draw(nb, rows, statuses):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="0,1,2,3", help="which of the five digits")
+    parser.add_argument("--rows", default="0,1,2", help="which of the three digits")
     chosen = [int(row) for row in parser.parse_args().rows.split(",")]
     path, nb = ROOT / "PixelCNN.ipynb", definitions()
     shown = [text for cell in notebook_cells() for output in cell.get("outputs", [])
