@@ -106,7 +106,8 @@ SAME_CALL = {
     "the same with a guide": lambda m, g, to: nb.conditional_given_future(m, to(IMAGES[0]), (3, 2), BUDGET, guide=g),
     "complete": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET),
     "complete with a guide": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, guide=g),
-    "guide_pixel_log_probs": lambda m, g, to: nb.guide_pixel_log_probs(g, to(IMAGES), to(KNOWN.expand_as(IMAGES))),
+    "log_probs_and_weights": lambda m, g, to: nb.log_probs_and_weights(
+        g, *(x.to(m.position.device) for x in (IMAGES, KNOWN))),
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
     "tempered_against_table": lambda m, g, to: list(

@@ -83,7 +83,7 @@ def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtyp
 
 
 @pytest.mark.parametrize("row", [0, 1, 5, 14, 27])
-def test_suffix_evaluation_equals_a_full_pass(model, row):
+def test_suffix_evaluation_equals_a_full_pass(nb, model, row):
     double = copy.deepcopy(model).double()
     images, cache = random_images(3), nb.new_cache(double, 3)
     double(images, cache)
@@ -184,7 +184,7 @@ def test_counts_and_running_means_equal_their_definitions(model):
     assert torch.allclose(mean(proposed).flatten(1, 2)[0, pixel], (weights * v).sum(dim=0))
 
 
-def test_without_gradients_the_same_is_computed(model):
+def test_without_gradients_the_same_is_computed(nb, model):
     """The block as the text has it, and multiplied out: in float64 equal up to rounding, also below a given row."""
     double, images = copy.deepcopy(model).double(), random_images(3)
     with torch.enable_grad():
