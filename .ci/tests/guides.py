@@ -1,4 +1,8 @@
-"""What a guide draws and how probable it makes images, for any evidence."""
+"""The released guide; what a guide draws and how probable it makes images, for any evidence."""
+
+
+def released_guide(nb, root, model):
+    return nb.Guide(model, nb.load_checkpoint(root / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork))
 
 
 def guide_log_prob(nb, guide, images, known):
@@ -8,5 +12,5 @@ def guide_log_prob(nb, guide, images, known):
 
 def guide_draws(nb, guide, image, known, n, seed=0):
     """(n draws of g(x_U | x_K), uint8 [n, h, w]; their log g, float64 [n], nats)."""
-    draws = guide.told(image[None], known[None]).draw(image * known, n, seed)[0]
+    draws = guide.told(image[None], known[None]).draw(image, n, seed)[0]
     return draws, guide_log_prob(nb, guide, draws, known)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import t_bound
+from guides import released_guide
 from second_sampler import log_evidences, parallel_tempering
 from surprise import surprise_z
 from test_kernels import RANK_BOUND, rank_statistic, wrong_acceptance
@@ -20,7 +21,7 @@ def model(nb, root):
 
 @pytest.fixture(scope="module")
 def guide(nb, root, model):
-    return nb.Guide(model, nb.load_checkpoint(root / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork))
+    return released_guide(nb, root, model)
 
 
 @pytest.fixture(scope="module")

@@ -109,3 +109,10 @@ def test_the_released_model_beats_its_bar(root):
     assert results["test_bits_per_dim"]["value"] < 0.70
     assert results["test_bits_per_dim"]["n"] == 10_000
     assert results["parameters"]["value"] <= 852_160
+
+
+def test_the_saved_run_took_no_longer_than_promised(root):
+    """On two cores 20 minutes, and an hour more with appendix B."""
+    results = json.loads((root / "figures" / "results.json").read_text())
+    assert results["notebook_minutes"]["value"] <= 20
+    assert results["notebook_minutes_proved"]["value"] - results["notebook_minutes"]["value"] <= 60
