@@ -4,7 +4,10 @@ usage: python .ci/gpu_drill/counts.py
 A launch costs about 8 microseconds and a view 2; arithmetic runs at a tenth of the peak on a T4, a third on an A100.
 The larger of the two sums is the estimate: good to a factor of two, no better. No card was used.
 """
+import math
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -57,12 +60,20 @@ step = [(b - a) / 56 for a, b in zip((launches, views), more)]
 line("a pixel step of `sample`, row's work included", *(round(x) for x in step), one_pass / 784)
 line("256 samples", *(round(784 * x) for x in step), 256 * one_pass)
 
-run = nb.TrainingRun(nb.Config(), torch.device("cuda"))
-batch = nb.load_mnist(ROOT / "data")[0][:1].cuda()  # launches do not depend on the batch
-once = counted(lambda: run.update(batch))
-steps = run.steps
-line(f"a training step, batch {run.config.batch_size}", *once, 3 * one_pass * run.config.batch_size, 1)
-line("training the model", *(steps * x for x in once), 3 * one_pass * run.config.images_seen, 1)
+config, few = nb.Config(), nb.load_mnist(ROOT / "data")[0][:4]
+
+
+def training(steps):
+    """So many steps of one image each: launches do not depend on the batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        nb.train(replace(config, batch_size=1), few, few, path=Path(folder) / "small.pt", device="cuda", resume=False,
+                 save_seconds=math.inf, stop_after=steps)
+
+
+once = [(b - a) / 2 for a, b in zip(counted(lambda: training(1)), counted(lambda: training(3)))]
+steps = config.images_seen // config.batch_size
+line(f"a training step, batch {config.batch_size}", *map(round, once), 3 * one_pass * config.batch_size, 1)
+line("training the model", *(round(steps * x) for x in once), 3 * one_pass * config.images_seen, 1)
 
 half = torch.arange(784).view(28, 28) >= 392
 told = guide.told(image[None].cuda(), half[None].cuda())

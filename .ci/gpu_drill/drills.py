@@ -86,11 +86,11 @@ TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
 
 def told(guide, known):
     """The guide told of the first image, on its own device."""
-    return guide.told(*(x[None].to(guide.model.position.device) for x in (IMAGES[0], known)))
+    return guide.told(*(x[None].to(guide.model.device) for x in (IMAGES[0], known)))
 
 
 def table_for(model):
-    return tuple(x.to(model.position.device) if torch.is_tensor(x) else x for x in TABLE)
+    return tuple(x.to(model.device) if torch.is_tensor(x) else x for x in TABLE)
 
 
 SAME_CALL = {
@@ -107,7 +107,7 @@ SAME_CALL = {
     "complete": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET),
     "complete with a guide": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, guide=g),
     "log_probs_and_weights": lambda m, g, to: nb.log_probs_and_weights(
-        g, *(x.to(m.position.device) for x in (IMAGES, KNOWN))),
+        g, *(x.to(m.device) for x in (IMAGES, KNOWN))),
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
     "tempered_against_table": lambda m, g, to: list(
@@ -116,15 +116,18 @@ SAME_CALL = {
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
     "draw_looking_ahead": lambda m, g, to: list(nb.draw_looking_ahead(
-        told(g, KNOWN), IMAGES[0].to(m.position.device), 4, 8, 3)),
+        told(g, KNOWN), IMAGES[0].to(m.device), 4, 8, 3)),
     "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
-        told(g, KNOWN), IMAGES[:1].to(m.position.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
+        told(g, KNOWN), IMAGES[:1].to(m.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
         torch.Generator().manual_seed(0)),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
     "receptive_field": lambda m, g, to: nb.receptive_field(m, (3, 2)),
     "leaked_difference": lambda m, g, to: nb.leaked_difference(m, IMAGES),
-    "cached_difference": lambda m, g, to: nb.cached_difference(m, IMAGES[:4].to(m.position.device)),
+    "cached_logits": lambda m, g, to: nb.cached_logits(m, IMAGES[:4].to(m.device)),
+    "FastNetwork, one pass": lambda m, g, to: nb.FastNetwork(m).logits(IMAGES.to(m.device)),
+    "FastNetwork in half precision": lambda m, g, to: nb.FastNetwork(m, torch.bfloat16).logits(
+        IMAGES.to(m.device)).float().log_softmax(1).mean(),
     "completion_codes": lambda m, g, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
     **{f"chi_square_after_moves, {name}": lambda m, g, to, of=of: nb.chi_square_after_moves(
         told(of(m, g), FEW), table_for(m), BUDGET, n=64)
@@ -171,21 +174,23 @@ def overflow(where):
         extra = Infinite.apply(getattr(model, where).weight) if step == 7 else 0.0
         return nb.training_loss(model, batch, step) + extra
 
-    runs = []
-    for planted in (True, False):
-        run = nb.TrainingRun(CONFIG, CUDA, loss=loss if planted else nb.training_loss)
-        for step in range(12):
-            batch = IMAGES[nb.batch_at(step, CONFIG, len(IMAGES))].to(CUDA)
-            if step == 7 and not planted:
-                run.step += 1
-            else:
-                run.update(batch)
-        runs.append(run)
+    saved = []
+    with tempfile.TemporaryDirectory() as folder:
+        for planted in (True, False):
+            path = Path(folder) / f"{planted}.pt"
+            if not planted:  # stop before step 7, and go on after it
+                nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda", stop_after=7)
+                state = torch.load(path.with_suffix(".state"), weights_only=True)
+                _, *rest = state["progress"]
+                torch.save({**state, "progress": (8, *rest)}, path.with_suffix(".state"))
+            nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda", stop_after=12,
+                     loss=loss if planted else nb.training_loss)
+            saved.append(torch.load(path.with_suffix(".state"), weights_only=True))
     for part in ("model", "averaged"):
-        for one, other in zip(*(getattr(run, part).parameters() for run in runs)):
+        for one, other in zip(*(state[part].values() for state in saved)):
             assert one.isfinite().all()
             same(one, other, 1e-5)
-    assert runs[0].scaler.get_scale() == runs[1].scaler.get_scale() / 2
+    assert saved[0]["scaler"]["scale"] == saved[1]["scaler"]["scale"] / 2
 
 
 def without_a_compiler():

@@ -33,14 +33,15 @@ def pair(nb, model, mnist):
     image = mnist[2][IMAGE].roll(3, 0)
     known = torch.ones(28, 28, dtype=torch.bool)
     known[ROW, COLUMN : COLUMN + 2] = False
-    cache = nb.new_cache(model, 1)
-    model(image[None, :ROW], cache)
-    cache = cache[torch.zeros(256, dtype=torch.long)]  # the rows above are all alike
+    fast = nb.FastNetwork(model)
+    above = fast.new_cache(1)
+    fast.rows(image[None, :ROW], above, 0)
+    cache = [[part.repeat(256, *[1] * (part.ndim - 1)) for part in parts] for parts in above]  # all alike
     images, terms = image.repeat(256, 1, 1), []
     images[:, ROW, COLUMN + 1] = torch.arange(256)
     for level in range(256):
         images[:, ROW, COLUMN] = level
-        log_probs = nb.gather_log_probs(model(images, cache, ROW), images[:, ROW:]).flatten(1)
+        log_probs = nb.gather_log_probs(fast.rows(images, cache, ROW), images[:, ROW:]).flatten(1)
         terms.append(log_probs[:, COLUMN:].sum(dim=1))
     terms = torch.stack(terms)
     total = terms.flatten().logsumexp(0)

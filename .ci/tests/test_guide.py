@@ -37,7 +37,7 @@ MASKS = [(0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7)]
 def test_without_a_hint_it_is_the_model(nb, tiny, table):
     images, network = table[0][::500], nb.GuideNetwork.starting_from(tiny, (1,))
     told = nb.Guide(tiny, network).told(images, torch.rand(images.shape) < 0.5)
-    assert (told.logits(images) - tiny(images)).abs().max() == 0
+    assert (told.logits(images) - tiny(images)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("unknown", MASKS)

@@ -23,9 +23,9 @@ def forced_chances(nb, monkeypatch, acceptance, states, forced, guide, redrawn, 
         ratios.append(acceptance(*arguments))
         return ratios[-1]
 
-    def draw(walks, known, *rest, **options):
-        walks[0].images.copy_(forced)
-        return real(walks, torch.ones_like(known), *rest, **options)
+    def draw(walks, images, known, *rest, **options):
+        images.copy_(forced)
+        return real(walks, images, torch.ones_like(known), *rest, **options)
 
     guide.batch = len(states)
     with monkeypatch.context() as patch:
@@ -260,7 +260,7 @@ def test_what_the_walk_keeps_is_what_the_full_pass_says(nb, tiny, evidence, lear
     uniforms = torch.rand(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kept = guide.draw_rows(images, guide.new_cache(50), uniforms, 0, 3)
     assert len(images.unique(dim=0)) > 5
-    whole = [tiny(images)] + ([network(images, None, 0, guide.hint)] if learned else [])
+    whole = [tiny(images)] + ([network(images, guide.hint)] if learned else [])
     assert len(kept) == len(whole)
     for mine, full in zip(kept, whole):
         assert (mine - full).abs().max() < 1e-10

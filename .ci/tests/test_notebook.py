@@ -112,7 +112,8 @@ def test_the_released_model_beats_its_bar(root):
 
 
 def test_the_saved_run_took_no_longer_than_promised(root):
-    """On two cores 20 minutes, and an hour more with appendix B."""
+    """On two cores half an hour, 20 minutes where they are fast, and an hour more with appendix B. (D takes 11 to 16
+    rounds of 30 to 50 s, by machine and luck.)"""
     results = json.loads((root / "figures" / "results.json").read_text())
-    assert results["notebook_minutes"]["value"] <= 20
+    assert results["notebook_minutes"]["value"] <= 30
     assert results["notebook_minutes_proved"]["value"] - results["notebook_minutes"]["value"] <= 60
