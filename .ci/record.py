@@ -1,6 +1,6 @@
 """The record in one command: trains the model by its recipe, then its guide; scores what is finished on the test set,
-and times the notebook with the checkpoints that are committed. The stage `more` (in a folder of its own) trains the
-released model on: fresh optimisers, constant rates, one decay over the last fifth.
+and times the notebook with the checkpoints that are committed. The stage `more` trains the released model on: fresh
+optimisers, constant rates, one decay over the last fifth.
 
 usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,score,notebook | more | weights]
                             [--processes 2] [--tiny]
@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from definitions import ROOT, definitions
 
 CARRIED = ROOT / ".ci" / "record"
-NAMES = {"small": "small.pt", "guide": "small_guide.pt", "more": "small.pt"}
+NAMES = {"small": "small.pt", "guide": "small_guide.pt", "more": "more.pt"}
 
 
 def recipe(nb, stage, tiny):
@@ -83,8 +83,9 @@ def going_on(nb, config, path, device, network, before=0):
 
 
 def weights(options):
-    """Put the weights of the unfinished `small` into .ci/record."""
-    nb, path = definitions(), Path(options.folder) / NAMES["small"]
+    """Put the weights of the unfinished `small` or `more` into .ci/record."""
+    nb, folder = definitions(), Path(options.folder)
+    path = next(folder / NAMES[stage] for stage in ("more", "small") if (folder / f"{stage}.state").exists())
     state = torch.load(path.with_suffix(".state"), map_location="cpu", weights_only=True)
     model = nb.PixelCNN(nb.Config(**state["config"])).bfloat16()  # half the size, and 0.2 % is no loss here
     model.load_state_dict(state["model"])  # the running weights: the average lags behind
@@ -191,7 +192,7 @@ def score(options):
     nb, folder = definitions(), Path(options.folder)
     kept = folder / "scores.json"
     scores = json.loads(kept.read_text()) if kept.exists() else {}
-    for name in ("small.pt",):
+    for name in ("small.pt", "more.pt"):
         if name not in scores and (folder / name).exists():
             test_images = nb.load_mnist(ROOT / "data")[2][: 64 if options.tiny else None]
             bits = nb.bits_per_dim(nb.load_checkpoint(folder / name), test_images, batch_size=32)
