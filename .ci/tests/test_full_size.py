@@ -63,7 +63,7 @@ def test_draws_and_weights_do_not_depend_on_the_number_of_threads(nb, guide, mni
     """To the last bit: which number was fast must not show. (The control: another seed.)"""
     known, before, found = torch.arange(784).view(28, 28) >= 5 * 28, torch.get_num_threads(), []
     told = guide.told(mnist[2][:1], known[None])
-    monkeypatch.setattr(nb, "at_best_pace", lambda columns, threads: columns)
+    monkeypatch.setattr(nb, "at_best_pace", lambda columns: columns)
     try:
         for threads, seed in ((1, 0), (2, 0), (1, 1)):
             torch.set_num_threads(threads)
