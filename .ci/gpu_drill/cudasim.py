@@ -6,15 +6,14 @@ Every op passes `Sim`, a TorchDispatchMode: it checks devices as CUDA would, run
 data, wraps the result.  Use:   import cudasim; sim = cudasim.Sim(); sim.__enter__()
 
 sim.errors: what CUDA would refuse (also raised, as RuntimeError).  sim.ops: Counter of ops on "cuda".
-sim.syncs: host-device synchronisations.  sim.live / sim.peak: bytes "on cuda", if memory=True;
+sim.syncs: host-device synchronisations.  sim.h2d: copies.  sim.live / sim.peak: bytes "on cuda", if memory=True;
 with limit=bytes an operation whose result does not fit raises torch.OutOfMemoryError, as CUDA would.
 """
 import collections, ctypes, importlib.util, os, subprocess, sys, tempfile, traceback, weakref
 assert "torch" not in sys.modules, "import cudasim before torch: guard.so must register its hooks first"
 _lib = os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib")
 ctypes.CDLL(os.path.join(_lib, "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-# a do-nothing CUDA, built from guard.cpp
-_guard = os.path.join(tempfile.gettempdir(), f"cudasim_guard_{os.getuid()}.so")
+_guard = os.path.join(tempfile.gettempdir(), f"cudasim_guard_{os.getuid()}.so")  # a do-nothing CUDA, built from guard.cpp
 _source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guard.cpp")
 if not os.path.exists(_guard) or os.path.getmtime(_guard) < os.path.getmtime(_source):
     _include = os.path.join(os.path.dirname(_lib), "include")
@@ -110,10 +109,11 @@ class Mismatch(RuntimeError):
 
 class Sim(TorchDispatchMode):
     def __init__(self, memory=False, limit=None):
-        super().__init__()
         self.limit = limit
-        self.errors, self.ops, self.syncs = [], collections.Counter(), collections.Counter()
-        self.memory, self.live, self.peak, self.seen = memory, 0, 0, {}
+        super().__init__()
+        self.errors, self.ops, self.syncs, self.h2d = [], collections.Counter(), collections.Counter(), 0
+        self.memory, self.live, self.peak, self.seen, self.peak_at = memory, 0, 0, {}, None
+        self.mixed = collections.Counter()
 
     def __enter__(self):
         SIM.append(self)
@@ -140,7 +140,11 @@ class Sim(TorchDispatchMode):
                 size = -(-st.nbytes() // 512) * 512   # the caching allocator rounds to 512 bytes
                 self.seen[key] = size
                 self.live += size
-                self.peak = max(self.peak, self.live)
+                if self.live > self.peak:
+                    self.peak = self.live
+                    if self.memory == "where":
+                        self.peak_at = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack()
+                                        if "cell" in f.filename][-6:]
                 weakref.finalize(st, self.forget, key)
                 if self.limit is not None and self.live > self.limit:
                     raise torch.OutOfMemoryError("pretended CUDA: out of memory")
@@ -167,15 +171,21 @@ class Sim(TorchDispatchMode):
             if func is aten._to_copy.default:
                 if device is not None and torch.device(device).type == "cpu":
                     self.syncs["copy to cpu"] += 1
+                elif not gpu:
+                    self.h2d += 1
             elif not isinstance(args[0], Gpu):
                 self.syncs["copy to cpu"] += 1
+            elif not isinstance(args[1], Gpu):
+                self.h2d += 1
         elif name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim",
                       "repeat_interleave", "bincount", "unique_consecutive"):
             self.syncs[name] += 1
         elif func in INDEX or func in INDEX_PUT:
             for i in args[1]:
-                if isinstance(i, Gpu) and i.dtype in (torch.bool, torch.uint8):
+                if i is not None and i.dtype in (torch.bool, torch.uint8) and isinstance(i, Gpu):
                     self.syncs["mask index"] += 1
+                elif i is not None and not isinstance(i, Gpu):
+                    self.h2d += 1
         self.ops[name] += 1
         owner = {id(g.elem): g for g in gpu}
         flat = [a.elem if isinstance(a, Gpu) else a for a in flat]
@@ -193,12 +203,13 @@ class Sim(TorchDispatchMode):
         return out
 
     def check(self, func, name, args, kwargs, gpu, cpu):
+        self.mixed[(name, tuple(cpu[0].shape) if len(cpu[0].shape) < 1 else "nd")] += 1
         if func in INDEX:
             if not isinstance(args[0], Gpu):
                 self.fail(func, "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
             return
         if func in INDEX_PUT:
-            self_, _, values = args[:3]
+            self_, indices, values = args[:3]
             if not isinstance(self_, Gpu):
                 self.fail(func, "indices or values on cuda for an indexed tensor on cpu")
             if not isinstance(values, Gpu) and values.dim() > 0:

@@ -7,20 +7,18 @@ Prints each run cell with its kernel launches, host-device synchronisations and 
 What it cannot show: speed, cuDNN's TF32, numerics of the kernels, torch.compile (left out).
 """
 import argparse, json, linecache, os, re, shutil, sys, tempfile, time, traceback, types
-import cudasim, torch
-p = argparse.ArgumentParser()
-p.add_argument("--bf16", action="store_true"); p.add_argument("--set", nargs="*", default=[])
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import cudasim, graphs, torch
+p = argparse.ArgumentParser(); p.add_argument("--bf16", action="store_true"); p.add_argument("--set", nargs="*", default=[])
 a = p.parse_args()
 project, work = os.getcwd(), tempfile.mkdtemp(prefix="gpu_drill_")
 shutil.copy("PixelCNN.ipynb", work)
 if os.path.isdir("data"): os.symlink(os.path.join(project, "data"), os.path.join(work, "data"))
 os.chdir(work); os.environ["MPLBACKEND"] = "agg"; torch.set_num_threads(1)
-cudasim.pretend("A100 (pretended)" if a.bf16 else "Tesla T4 (pretended)", a.bf16)
+graphs.pretend("A100 (pretended)" if a.bf16 else "Tesla T4 (pretended)", a.bf16)
 torch.nn.Module.compile = lambda self, *x, **k: print("  [compile() called: left out here]")
-cells = json.load(open("PixelCNN.ipynb"))["cells"]
-import IPython.display
-IPython.display.display = lambda *x, **k: None
-module = types.ModuleType("__main__"); module.__dict__["display"] = IPython.display.display
+cells = [c for c in json.load(open("PixelCNN.ipynb"))["cells"]]
+module = types.ModuleType("__main__"); module.__dict__["display"] = lambda *x, **k: None
 sim, failed = cudasim.Sim(memory=True), []
 with sim:
     for number, cell in enumerate(cells):
@@ -28,17 +26,15 @@ with sim:
         tags = cell["metadata"].get("tags", [])
         source = "\n".join("" if re.match(r"[%!]", l) else l for l in "".join(cell["source"]).splitlines())
         if "parameters" in tags: source += "\nFAST = PROVE = True\n" + "\n".join(a.set)
-        name = f"cell {number}"
-        linecache.cache[name] = (len(source), None, [l + "\n" for l in source.splitlines()], name)
-        started, ops, syncs, said = time.time(), sim.ops.total(), sim.syncs.total(), "ok"
-        sim.peak = sim.live
+        name = f"cell {number}"; linecache.cache[name] = (len(source), None, [l + "\n" for l in source.splitlines()], name)
+        started, ops, syncs, sim.peak, said = time.time(), sum(sim.ops.values()), sum(sim.syncs.values()), sim.live, "ok"
         try: exec(compile(source, name, "exec"), module.__dict__)
         except Exception as error:
             said = f"FAILED {type(error).__name__}: {error}"[:300]; failed.append(number)
             for f in traceback.extract_tb(error.__traceback__):
                 if "cell" in f.filename: print("   ", f.filename, f.lineno, f.name, "|", f.line)
         if "define" not in tags or said != "ok":
-            print(f"{name}: {said}; {sim.ops.total() - ops:,} launches, {sim.syncs.total() - syncs:,} syncs, "
+            print(f"{name}: {said}; {sum(sim.ops.values()) - ops:,} launches, {sum(sim.syncs.values()) - syncs:,} syncs, "
                   f"peak {sim.peak / 1e6:.1f} MB, {time.time() - started:.1f} s here", flush=True)
 print(f"{len(failed)} cells failed: {failed}; {len(sim.errors)} device mismatches")
 for error in sim.errors[:20]: print("  ", *error)
