@@ -21,7 +21,8 @@ NOTES = "exact", "draws, averaged", "exact", "sampler + E", "exact", "exact draw
 def cut_out(nb, statuses):
     """The pictures of figures/question_g.png, [rows][columns], arrays: it is laid out anew to see where they stand."""
     labels = [f"test image {number}\n{status}" for number, status in enumerate(statuses)]
-    figure = nb.draw_images([[np.zeros((28, 28))] * len(nb.BESIDE_WRONG)] * len(labels), labels, nb.BESIDE_WRONG, scale=0.8)
+    blank = [[np.zeros((28, 28))] * len(nb.BESIDE_WRONG)] * len(labels)
+    figure = nb.draw_images(blank, labels, nb.BESIDE_WRONG, scale=0.8)
     figure.savefig(io.BytesIO())
     picture = np.asarray(Image.open(ROOT / "figures" / "question_g.png").convert("RGB"))
     boxes = np.array([axis.get_position().extents for axis in figure.axes])

@@ -96,15 +96,6 @@ def weights(options):
     print(f"weights after {images:,} images are in {CARRIED / path.name}")
 
 
-def compiled_guide(nb, model, tiny, config):
-    """A guide's network whose encoder, like the model, is compiled: `train` compiles h alone."""
-    network = nb.GuideNetwork(config)
-    if not tiny:
-        model.compile()
-        network.encoder.compile()
-    return network
-
-
 def with_draws(nb, model, digits, count, folder, rank, world):
     """Digits and draws of the model; each process draws its share, once a folder. What goes on from weights draws
     others: a guide that has seen the same draws eight times knows them by heart."""
@@ -126,12 +117,15 @@ def work(rank, world, stage, options):
     images, validation = train_images[:55_000], train_images[55_000:56_000]
     if options.tiny:
         images, validation = images[:512], validation[:32]
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     extra, whole_loss, score = {}, nb.training_loss, nb.bits_per_dim
     if stage == "guide":
         model = nb.load_checkpoint(folder / NAMES["small"], device.type)
         whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
-        extra = dict(network=partial(compiled_guide, nb, model, options.tiny),
-                     initial=nb.GuideNetwork.starting_from(model, config.encoder))
+        extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
         images = with_draws(nb, model, images[:40_000], 64 if options.tiny else 40_000, folder, rank, world)
     whole = config
     before = 0
@@ -141,10 +135,7 @@ def work(rank, world, stage, options):
     config, other = going_on(nb, config, path, device, nb.GuideNetwork if stage == "guide" else nb.PixelCNN, before)
     extra.update(other)
     loss = whole_loss
-    if device.type == "cpu":
-        torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
         share_gradients(world)
 
         def loss(model, batch, step):

@@ -11,16 +11,18 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cudasim
+import graphs
 import torch
 from definitions import definitions
 from faults import Infinite, broken_compile
 
 BF16 = "--bf16" in sys.argv
 torch.set_num_threads(1)
-cudasim.pretend("A100 (pretended)" if BF16 else "Tesla T4 (pretended)", BF16)
+graphs.pretend("A100 (pretended)" if BF16 else "Tesla T4 (pretended)", BF16)
 nb = definitions()
 
 CONFIG = nb.Config(height=6, width=6, levels=4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4,
@@ -34,7 +36,7 @@ for parameter in NETWORK.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
-BUDGET = nb.Budget(replicates=4, initial=16, particles=8, band=3, tails=2, rounds=1, most_sd=float("inf"))
+BUDGET = nb.Budget(particles=8, runs=4, rounds=1)
 CUDA = torch.device("cuda", 0)
 
 
@@ -58,35 +60,45 @@ def numbers(answer):
     if isinstance(answer, nb.Estimate):
         return [answer.probs, *([] if answer.stderr is None else [answer.stderr])]
     if isinstance(answer, nb.Completion):
-        found = answer.diagnostics.get("replicates")
-        return [answer.draws, torch.tensor(answer.log_evidence), *([] if found is None else [found.draws, found.log_w])]
+        return [answer.draws, torch.tensor(answer.log_evidence), *numbers(answer.diagnostics.get("found"))]
+    if isinstance(answer, nb.Found):
+        return [answer.draws, answer.log_w, answer.log_p, answer.line]
     if isinstance(answer, (tuple, list)):
         return [number for part in answer for number in numbers(part)]
     return [answer] if isinstance(answer, (torch.Tensor, float, int)) else []
 
 
 def compare(function):
-    """function(model, guide, to) on the CPU, and on the card with the images on the CPU and on the card."""
-    wanted = numbers(function(MODEL, nb.Guide(MODEL, NETWORK), lambda x: x))
-    assert wanted
-    for to in (lambda x: x, lambda x: x.to(CUDA)):
-        guide = guide_on_card()
-        found = numbers(function(guide.model, guide, to))
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted):
-            same(one, other)
+    """function(model, guide, to) on the CPU, and on the card with the images on the CPU and on the card. Promises in
+    float32 here: half precision is another one on each device, and would let others go on."""
+    with patch.object(nb, "training_dtype", lambda device: torch.float32):
+        wanted = numbers(function(MODEL, nb.Guide(MODEL, NETWORK), lambda x: x))
+        assert wanted
+        for to in (lambda x: x, lambda x: x.to(CUDA)):
+            guide = guide_on_card()
+            found = numbers(function(guide.model, guide, to))
+            assert len(found) == len(wanted)
+            for one, other in zip(found, wanted):
+                same(one, other)
 
 
 FEW = torch.ones(6, 6, dtype=torch.bool)
 FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
 SUPPORT = IMAGES[:1].repeat(16, 1, 1)
 SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)  # as all_images counts
-TABLE = (SUPPORT, torch.softmax(nb.log_prob(MODEL, SUPPORT), 0), 0.0)
+TABLE = nb.exact_posterior(SUPPORT, nb.log_prob(MODEL, SUPPORT), IMAGES[0], FEW)
 
 
 def told(guide, known):
     """The guide told of the first image, on its own device."""
     return guide.told(*(x[None].to(guide.model.device) for x in (IMAGES[0], known)))
+
+
+def runs(guide, known, present=False, **rest):
+    """Three runs of smc for the first image."""
+    images = IMAGES[:1].to(guide.model.device).expand(3, -1, -1)
+    return nb.smc(told(guide, known)[torch.zeros(3, dtype=torch.long)], images, 8, [1, 2, 3],
+                  images if present else None, **rest)
 
 
 def table_for(model):
@@ -110,16 +122,21 @@ SAME_CALL = {
         g, *(x.to(m.device) for x in (IMAGES, KNOWN))),
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
-    "tempered_against_table": lambda m, g, to: list(
-        nb.tempered_against_table(told(g, FEW), table_for(m), BUDGET, 1).values()),
+    "complete, a batch in one": lambda m, g, to: nb.complete(m, to(IMAGES[:3]), to(KNOWN), 4, BUDGET, guide=g),
+    "complete, a batch with two masks": lambda m, g, to: nb.complete(
+        m, to(IMAGES[:3]), to(torch.stack([KNOWN, FEW, KNOWN])), 4, BUDGET, guide=g),
+    "runs_against_table": lambda m, g, to: list(nb.runs_against_table(told(g, FEW), table_for(m), 20).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
-    "draw_looking_ahead": lambda m, g, to: list(nb.draw_looking_ahead(
-        told(g, KNOWN), IMAGES[0].to(m.device), 4, 8, 3)),
-    "backward_log_weights": lambda m, g, to: nb.backward_log_weights(
-        told(g, KNOWN), IMAGES[:1].to(m.device).expand(8, -1, -1), [1.0, 0.5, 0.0], BUDGET,
-        torch.Generator().manual_seed(0)),
+    "smc": lambda m, g, to: runs(g, KNOWN),
+    "smc, the model alone": lambda m, g, to: runs(nb.Guide(m), KNOWN),
+    "smc with a present": lambda m, g, to: runs(g, KNOWN, True),
+    "smc without looks and copies": lambda m, g, to: runs(g, KNOWN, looks={}, copies=1),
+    "gibbs_chains": lambda m, g, to: nb.gibbs_chains(g, IMAGES[:3].to(m.device), KNOWN.to(m.device), 2, 0),
+    "one_of_each": lambda m, g, to: nb.one_of_each(runs(g, KNOWN).of(slice(None)), 1),
+    "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
+    "future_by_guide": lambda m, g, to: nb.future_by_guide(g, IMAGES[0].to(m.device), (3, 2), 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
     "receptive_field": lambda m, g, to: nb.receptive_field(m, (3, 2)),
@@ -130,14 +147,14 @@ SAME_CALL = {
         IMAGES.to(m.device)).float().log_softmax(1).mean(),
     "completion_codes": lambda m, g, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
     **{f"chi_square_after_moves, {name}": lambda m, g, to, of=of: nb.chi_square_after_moves(
-        told(of(m, g), FEW), table_for(m), BUDGET, n=64)
+        told(of(m, g), FEW), table_for(m), n=64)
         for name, of in (("model", lambda m, g: nb.Guide(m)), ("guide", lambda m, g: g))},
 }
 
 
 def memory_halved():
-    """Half the memory that the moves of 64 particles take: the same answer in smaller chunks."""
-    budget = replace(BUDGET, initial=64, particles=16)
+    """Half the memory that eight runs of 32 particles take: the same answer in smaller parts."""
+    budget = nb.Budget(32, 8, 1)
     guide = guide_on_card()
     answers, peaks = [], []
     for limit in (None, 0.6):
@@ -150,6 +167,50 @@ def memory_halved():
     assert any("out of GPU memory" in str(w.message) for w in said), "nothing was halved"
     for one, other in zip(*map(numbers, answers)):
         same(one, other)
+
+
+def promise_in_half_precision():
+    """In the card's own half precision particles go on, whose weights are finite."""
+    guide = guide_on_card()
+    assert guide.quick.table.dtype == (torch.bfloat16 if BF16 else torch.float16)
+    found = runs(guide, KNOWN).of(slice(None))
+    assert found.log_w.isfinite().all() and (found.draws[:, :, KNOWN] == IMAGES[0, KNOWN]).all()
+
+
+def replayed():
+    """`sample` and `smc` replay rows: all but the first of a kind."""
+    guide = guide_on_card()
+    for draw, most in ((lambda: nb.sample(guide.model, 5), 5), (lambda: runs(guide, KNOWN), 1)):
+        before = sim.ops["graph replay"]
+        draw()
+        assert sim.ops["graph replay"] - before >= most, "nothing was replayed"
+    before = sim.ops.total()
+    runs(guide, KNOWN)
+    again = sim.ops.total() - before
+    guide.fast[1].forget()
+    runs(guide, KNOWN)
+    assert sim.ops.total() - before > 2.5 * again, "a graph is made anew for each call"
+
+
+def without_graphs(planted):
+    """Capture that fails, or a replay that is off: one warning for each kind of row, and the same draws."""
+    wanted = nb.sample(MODEL, 5, seed=2)
+    model = on_card(MODEL)
+    with warnings.catch_warnings(record=True) as said, planted:
+        warnings.simplefilter("always")
+        same(nb.sample(model, 5, seed=2), wanted)
+    assert sum("no CUDA graph of a row" in str(w.message) for w in said) == 1, [str(w.message) for w in said]
+
+
+def broken_capture(*_):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class Stale(torch.cuda.CUDAGraph):
+    """A graph whose replay leaves old numbers."""
+    def replay(self):
+        super().replay()
+        self.poison()
 
 
 def stopped_and_resumed(first, then):
@@ -209,6 +270,10 @@ def without_a_compiler():
 
 DRILLS = {name: lambda call=call: compare(call) for name, call in SAME_CALL.items()}
 DRILLS["complete with memory for a part of the particles"] = memory_halved
+DRILLS["smc with promises in half precision"] = promise_in_half_precision
+DRILLS["rows are replayed"] = replayed
+DRILLS["sample where capture fails"] = lambda: without_graphs(patch.object(torch.cuda, "graph", broken_capture))
+DRILLS["sample where a replay is off"] = lambda: without_graphs(patch.object(torch.cuda, "CUDAGraph", Stale))
 DRILLS["train, stopped and resumed"] = lambda: stopped_and_resumed("cuda", "cuda")
 DRILLS["train, begun on a CPU"] = lambda: stopped_and_resumed("cpu", "cuda")
 DRILLS["train, gone on with on a CPU"] = lambda: stopped_and_resumed("cuda", "cpu")

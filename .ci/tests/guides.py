@@ -1,8 +1,26 @@
-"""The released guide; what a guide draws and how probable it makes images, for any evidence."""
+"""Masks of the 3x3 model; guides; what a guide draws and how probable it makes images, for any evidence."""
+
+import torch
+
+
+def known_mask(*unknown):
+    known = torch.ones(3, 3, dtype=torch.bool)
+    known.view(-1)[list(unknown)] = False
+    return known
 
 
 def released_guide(nb, root, model):
     return nb.Guide(model, nb.load_checkpoint(root / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork))
+
+
+def meaningless_guide(nb, model, seed, strength, powers):
+    """A guide with random weights: its hints mean nothing. Its exponents need not sum to 1."""
+    torch.manual_seed(seed)
+    network = nb.GuideNetwork.starting_from(model, (1, 2))
+    for parameter in network.encoder.parameters():
+        parameter.add_(strength * torch.randn_like(parameter))
+    network.powers.copy_(torch.tensor(powers))
+    return nb.Guide(model, network)
 
 
 def guide_log_prob(nb, guide, images, known):
@@ -11,6 +29,6 @@ def guide_log_prob(nb, guide, images, known):
 
 
 def guide_draws(nb, guide, image, known, n, seed=0):
-    """(n draws of g(x_U | x_K), uint8 [n, h, w]; their log g, float64 [n], nats)."""
-    draws = guide.told(image[None], known[None]).draw(image, n, seed)[0]
-    return draws, guide_log_prob(nb, guide, draws, known)
+    """(n draws of g(x_U | x_K), uint8 [n, h, w]; their log weights log p - log g, float64 [n], nats)."""
+    draws, log_w = nb.smc(guide.told(image[None], known[None]), image[None], n, [seed], looks={}, copies=1)
+    return draws[0], log_w[0]

@@ -58,22 +58,6 @@ def test_a_gpu_that_is_not_there_is_one_clear_line(nb, monkeypatch):
     assert nb.pick_device("auto").type == "cpu"
 
 
-def test_moves_in_small_parts_give_the_same_answer(nb, tiny, evidence):
-    """As where memory is short: runs, bands and tails, in parts of three particles."""
-    known, budget = torch.arange(9).view(3, 3) > 3, nb.Budget(4, 20, 10, band=2)
-    network = nb.GuideNetwork.starting_from(tiny, (1, 2))
-    for network in (None, network):
-        guide, ends = nb.Guide(tiny, network).told(evidence[:1], known[None]), []
-        starts = guide.draw(evidence[0], 20, seed=1)[0]
-        for guide.batch in (None, 3, 1):
-            particles = nb.start(guide, starts)
-            nb.move(particles, guide, budget, 0.7, torch.Generator().manual_seed(2))
-            ends.append(particles)
-        assert not torch.equal(ends[0].images, starts)
-        for end in ends[1:]:
-            assert torch.equal(ends[0].images, end.images) and (ends[0].log_p - end.log_p).abs().max() < 1e-12
-
-
 def test_compiling_that_fails_is_one_warning(nb, config, tmp_path, monkeypatch):
     config = replace(config, dilations=(1,), images_seen=32)
     images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Causality, normalisation, and the agreement of full, cached and suffix evaluation."""
+"""Causality, normalisation, and the agreement of one full pass with rows and pixels below a cache."""
 
 import copy
 from dataclasses import replace
@@ -90,33 +90,62 @@ def test_the_fast_network_keeps_the_weights_it_was_made_of(nb, model):
 @pytest.mark.parametrize("n, dtype, bound", [(1, torch.float32, 1e-4), (3, torch.float32, 1e-4),
                                              (64, torch.float32, 1e-4), (3, torch.float64, 1e-10)])
 def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtype, bound, first):
-    """With clamped pixels, different for each image, and whole known rows; also from a later row on."""
-    network = copy.deepcopy(model).to(dtype)
-    images = random_images(n)
+    """With clamped pixels, different for each image; from a later row on; known rows on the way by `rows`. The
+    control: with the cache of three rows further up the logits are wrong."""
+    network, images = copy.deepcopy(model).to(dtype), random_images(n)
     known = torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(1)) < 0.3
     known[:, 12:15] = True
-    fast, drawn = nb.FastNetwork(network), images.clone()
-    cache = fast.new_cache(n)
-    fast.rows(images, cache, 0)
-    kept = [torch.empty(28 - first, 28, n, 256, dtype=dtype)]
-    nb.draw_pixels([(fast, cache, None)], drawn, known, nb.uniform_streams(n, 784, 0, "cpu"), first, 784, kept=kept)
-    assert (network(drawn)[:, :, first:] - kept[0].permute(2, 3, 0, 1)).abs().max() < bound
+    fast, drawn, uniforms = nb.FastNetwork(network), images.clone(), nb.uniform_streams(n, 784, 0, "cpu")
+    cache, kept = fast.new_cache(n), []
+    if first > 0:
+        fast.rows(images[:, :first], cache, 0)
+    for row in range(first, 28):
+        if row == 12:
+            old = [[*part] for part in cache]
+            kept.append(fast.rows(drawn[:, :15], cache, 12))
+        elif row not in (13, 14):
+            kept += nb.draw_row([(fast, cache, None)], drawn, known[:, row], uniforms, row)
+    plain = network(drawn)
+    assert (plain[:, :, first:] - torch.cat(kept, dim=2)).abs().max() < bound
+    assert (plain[:, :, 15:] - fast.rows(drawn, old, 15)).abs().max() > 10 * bound
     stay = known | (torch.arange(28)[:, None] < first)
     assert torch.equal(drawn[stay], images[stay])
     assert (drawn[~stay] != images[~stay]).any()
 
 
-@pytest.mark.parametrize("row", [0, 1, 5, 14, 27])
-def test_suffix_evaluation_equals_a_full_pass(nb, model, row):
-    double = copy.deepcopy(model).double()
-    images, fast = random_images(3), nb.FastNetwork(double)
-    cache = fast.new_cache(3)
-    fast.rows(images, cache, 0)
-    images[:, row, 3] = 255 - images[:, row, 3]
-    suffix = fast.rows(images, cache, row)
-    assert (suffix - double(images)[:, :, row:]).abs().max() < 1e-10
-    # The cache must have been brought up to date too: a later suffix reads it.
-    assert (fast.rows(images, cache, 20) - double(images)[:, :, 20:]).abs().max() < 1e-10
+@pytest.mark.parametrize("row", [1, 5, 14, 27])
+def test_rows_below_others_equal_a_full_pass(nb, model, row):
+    """In three pieces; the cache of one image serves many that are alike above. The control: alike they must be."""
+    double, images = copy.deepcopy(model).double(), random_images(3)
+    images[:, :row] = images[0, :row]
+    fast, full, middle = nb.FastNetwork(double), double(images), (row + 29) // 2
+    cache = fast.new_cache()
+    assert (fast.rows(images[:1, :row], cache, 0) - full[:1, :, :row]).abs().max() < 1e-10
+    pieces = [(images[:, :middle], row)] + [(images, middle)] * (middle < 28)
+    found = torch.cat([fast.rows(part, cache, first) for part, first in pieces], dim=2)
+    assert (found - full[:, :, row:]).abs().max() < 1e-10
+    other, cache = 255 - images[:1], fast.new_cache()
+    fast.rows(other[:, :row], cache, 0)
+    assert (fast.rows(images, cache, row) - full[:, :, row:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("row", [0, 1, 5, 27])
+def test_a_copy_of_the_caches_lists_is_a_snapshot(nb, model, row):
+    """Whatever goes on with the original, by rows or by pixels, the copy gives the same logits, bit by bit. The
+    control: the original itself does not."""
+    fast, images = nb.FastNetwork(model), random_images(3)
+    cache, uniforms = fast.new_cache(3), nb.uniform_streams(3, 784, 0, "cpu")
+    if row > 0:
+        fast.rows(images[:, :row], cache, 0)
+    kept = [[*part] for part in cache]
+    before = fast.rows(images, [[*part] for part in kept], row)
+    ways = {"rows": lambda x, own: fast.rows(x[:, : row + 1], own, row),
+            "pixels": lambda x, own: nb.draw_row([(fast, own, None)], x, images.new_zeros(3, 28).bool(), uniforms, row)}
+    for way in ways.values():
+        own = [[*part] for part in kept]
+        way(255 - images, own)
+        assert torch.equal(fast.rows(images, [[*part] for part in kept], row), before)
+        assert (fast.rows(images, own, row) - before).abs().max() > 1e-3
 
 
 def test_sample_equals_the_naive_loop(nb, tiny):

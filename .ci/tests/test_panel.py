@@ -1,7 +1,10 @@
-"""The widgets of section 8, made by the notebook's own cell, without a front end: what they hide is completed."""
+"""The widgets of section 8, made by the notebook's own cell, without a front end: what they hide is completed. And
+pictures: files into images, images into files."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 
 @pytest.fixture
@@ -14,7 +17,7 @@ def panel(nb, cells, monkeypatch):
     texts = ("".join(cell["source"]) for cell in cells)
     (source,) = (text for text in texts if text.startswith("if somebody_is_there():"))
     exec(source, dict(vars(nb), somebody_is_there=lambda: True, model=nb.PixelCNN(config).eval(), test_images=images,
-                      guide=None, budget=nb.Budget(4, 8, 4, rounds=1)))
+                      guide=None, budget=nb.Budget(4, 2, 1)))
     return shown.pop(), images, shown
 
 
@@ -66,3 +69,117 @@ def test_every_rectangle_can_be_hidden(nb, panel, monkeypatch, hidden):
 
 def test_nobody_is_there_in_a_test(nb):
     assert not nb.somebody_is_there()
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+def drawn_seven(size=280, ground=255, ink=0):
+    """A seven on a plain ground, a grey picture."""
+    picture = Image.new("L", (size, size), ground)
+    points = [(x * size, y * size) for x, y in ((0.3, 0.25), (0.7, 0.25), (0.43, 0.75))]
+    ImageDraw.Draw(picture).line(points, fill=ink, width=max(1, round(0.08 * size)), joint="curve")
+    return picture
+
+
+def as_read(nb, picture, folder, name="digit.png"):
+    picture.save(folder / name)
+    return nb.read_picture(folder / name)
+
+
+def assert_like_mnist(image):
+    """The ink fits into 20x20 pixels and touches two of its sides; its centre of mass is in the middle."""
+    assert image.dtype == torch.uint8 and image.shape == (28, 28) and image.max() > 250
+    rows, columns = image.nonzero().T
+    assert max(rows.max() - rows.min(), columns.max() - columns.min()) + 1 == 20
+    ink, place = image.double() / image.sum(), torch.arange(28) + 0.5
+    assert abs((ink.sum(1) * place).sum() - 14) <= 1 and abs((ink.sum(0) * place).sum() - 14) <= 1
+    assert 20 < (image > 127).sum() < 200  # strokes, not ground
+
+
+def assert_a_seven(image):
+    """Ink at the top on both sides, at the bottom in the middle alone."""
+    rows, columns = image.nonzero().T
+    box = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    middle = box.shape[1] // 2
+    assert box[:4, :3].any() and box[:4, -3:].any() and not box[-6:, -3:].any() and box[-3:, : middle + 2].any()
+
+
+@pytest.mark.parametrize("size", [20, 28, 280, 2000])
+def test_a_picture_of_any_size_is_made_into_what_the_digits_are(nb, tmp_path, size):
+    image = as_read(nb, drawn_seven(size), tmp_path)
+    assert_like_mnist(image)
+    assert_a_seven(image)
+    with pytest.raises(AssertionError):  # the control: upside down it is none
+        assert_a_seven(image.flip(0))
+    with pytest.raises(AssertionError):  # and one pixel off is seen, two for sure
+        assert_like_mnist(image.roll(2, 0))
+
+
+def test_the_kind_of_picture_does_not_matter(nb, tmp_path):
+    """Light on dark, on another ground, in colour, on a transparent ground, on a palette, in 16 bits."""
+    dark = drawn_seven()
+    grey, image = np.asarray(dark), as_read(nb, dark, tmp_path)
+    see_through = np.zeros((*grey.shape, 4), dtype=np.uint8)
+    see_through[..., 3] = 255 - grey
+    colour = np.where(grey[..., None] == 0, np.uint8([200, 30, 30]), np.uint8([240, 240, 200]))
+    for other in (Image.fromarray(255 - grey), drawn_seven(ground=200, ink=90), Image.fromarray(see_through),
+                  Image.fromarray(colour), dark.convert("P"), dark.convert("1"),
+                  Image.fromarray(grey.astype(np.uint16) * 257)):
+        assert torch.equal(as_read(nb, other, tmp_path), image), other.mode
+    assert not torch.equal(as_read(nb, dark.rotate(90), tmp_path), image)
+
+
+@pytest.mark.parametrize("down, right", [(-50, -60), (50, 60), (-50, 60), (0, 1)])
+def test_where_the_digit_stands_does_not_matter(nb, tmp_path, down, right):
+    """Also near a corner: the same image."""
+    picture = drawn_seven()
+    moved = Image.fromarray(np.roll(np.asarray(picture), (down, right), axis=(0, 1)))
+    assert torch.equal(as_read(nb, moved, tmp_path), as_read(nb, picture, tmp_path))
+
+
+def test_a_thin_line_and_a_dot_are_pictures_too(nb, tmp_path):
+    """A one of a single column, and one dark pixel: no side becomes nothing."""
+    line, dot = Image.new("L", (300, 300), 255), Image.new("L", (9, 9), 255)
+    ImageDraw.Draw(line).line([(40, 20), (40, 280)], fill=0, width=3)
+    dot.putpixel((4, 2), 0)
+    for picture, wide in ((line, 1), (dot, 20)):
+        image = as_read(nb, picture, tmp_path)
+        assert (image > 0).any(dim=0).sum() == wide and (image > 0).any(dim=1).sum() == 20
+
+
+@pytest.mark.parametrize("contents, word", [
+    (None, "picture file"), (b"no picture", "picture file"), ("half", "picture file"), ("folder", "picture file"),
+    (Image.new("L", (50, 50), 255), "one colour"), (Image.new("RGBA", (50, 50)), "one colour"),
+    (Image.new("L", (1, 1)), "one colour")])
+def test_what_is_no_picture_of_a_digit_is_refused_by_name(nb, tmp_path, contents, word):
+    """Missing, other bytes, cut off, a folder, all white, all transparent, one pixel."""
+    path = tmp_path / "mine.png"
+    if isinstance(contents, Image.Image):
+        contents.save(path)
+    elif contents == "folder":
+        path.mkdir()
+    elif contents is not None:
+        drawn_seven().save(path)
+        path.write_bytes(path.read_bytes()[:200] if contents == "half" else contents)
+    with pytest.raises(ValueError, match=f"path: .*{word}") as said:
+        nb.read_picture(path)
+    assert str(path) in str(said.value)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_saved_pictures_are_read_back_equal(nb, tmp_path, n):
+    """Side by side, ink dark on white; and one that is read, saved and read again changes by the ink's edges alone."""
+    images = torch.randint(0, 256, (n, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[0, 0, 0] = 255
+    nb.save_pictures(images, tmp_path / "draws.png")
+    picture = Image.open(tmp_path / "draws.png")
+    assert picture.format == "PNG" and picture.mode == "L" and picture.size == (28 * n, 28)
+    assert picture.getpixel((0, 0)) == 0
+    found = 255 - torch.from_numpy(np.asarray(picture).copy()).view(28, n, 28).transpose(0, 1)
+    assert torch.equal(found, images)
+    assert n == 1 or not torch.equal(found.flip(0), images)
+    read = as_read(nb, drawn_seven(), tmp_path)
+    nb.save_pictures(read[None], tmp_path / "again.png")
+    again = nb.read_picture(tmp_path / "again.png")
+    assert_like_mnist(again)
+    assert (again.double() - read).abs().mean() < 12 < (again.roll(3, 1).double() - read).abs().mean()
