@@ -15,7 +15,7 @@ def panel(nb, cells, monkeypatch):
     images, shown = torch.randint(0, 3, (5, 28, 28), dtype=torch.uint8), []
     monkeypatch.setattr("ipywidgets.widgets.interaction.display", shown.append)
     texts = ("".join(cell["source"]) for cell in cells)
-    (source,) = (text for text in texts if text.startswith("if somebody_is_there():"))
+    (source,) = (text for text in texts if "\nif somebody_is_there():" in text)
     exec(source, dict(vars(nb), somebody_is_there=lambda: True, model=nb.PixelCNN(config).eval(), test_images=images,
                       guide=None, budget=nb.Budget(4, 2, 1)))
     return shown.pop(), images, shown
