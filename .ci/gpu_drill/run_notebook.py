@@ -36,6 +36,6 @@ with sim:
         if "define" not in tags or said != "ok":
             print(f"{name}: {said}; {sum(sim.ops.values()) - ops:,} launches, {sum(sim.syncs.values()) - syncs:,} syncs, "
                   f"peak {sim.peak / 1e6:.1f} MB, {time.time() - started:.1f} s here", flush=True)
-print(f"{len(failed)} cells failed: {failed}; {len(sim.errors)} device mismatches")
+print(f"{len(failed)} cells failed: {failed}; {len(sim.errors)} device mismatches; {sim.ops['graph replay']:,} rows replayed")
 for error in sim.errors[:20]: print("  ", *error)
 shutil.rmtree(work, ignore_errors=True); sys.exit(bool(failed or sim.errors))

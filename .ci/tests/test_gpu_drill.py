@@ -7,7 +7,9 @@ The whole notebook on the pretended card takes several minutes and runs on deman
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +69,36 @@ def test_compiling_that_fails_is_one_warning(nb, config, tmp_path, monkeypatch):
         model, _ = nb.train(config, images, images[:20], path=tmp_path / "model.pt", device="cpu", compiled=True)
     assert len(said) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), eager.parameters()))
+
+
+def test_a_compiled_loss_that_is_another_is_one_warning(nb, config, tmp_path, monkeypatch):
+    """More than 1 % off: trained as if not compiled. (The control: 0.1 % off is rounding, and goes on compiled.)"""
+    config = replace(config, dilations=(1,), images_seen=32)
+    images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def trained(factor):
+        monkeypatch.setattr(torch, "compile", lambda loss: lambda *inputs: loss(*inputs) * factor)
+        return nb.train(config, images, images[:20], path=tmp_path / "model.pt", device="cpu", compiled=factor != 1)[1]
+
+    plain = trained(1)[-1]["train_bits"]
+    with pytest.warns(UserWarning, match="its loss is .*, the plain one") as said:
+        assert trained(1.1)[-1]["train_bits"] == plain
+    assert len(said) == 1 and abs(trained(1.001)[-1]["train_bits"] / plain - 1.001) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_guides_whole_loss_compiles(nb, config):
+    """Encoder, h and the model that it multiplies, with gradients, and no warning; masks stay on the host."""
+    model = nb.PixelCNN(config).eval().requires_grad_(False)
+    network = nb.GuideNetwork.starting_from(model, (1,)).train().requires_grad_(True)
+    images = torch.randint(0, 3, (8, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    loss = partial(nb.guide_loss, model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compiled = nb.compile_or_warn(loss, network, images, torch.float32)
+    assert compiled is not loss, [str(warning.message) for warning in said]
+    for step in (1, 2, 3):
+        assert abs(compiled(network, images, step) - loss(network, images, step)) < 1e-5
 
 
 def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, config, tmp_path):
