@@ -1,7 +1,7 @@
 """Answers against enumeration on the 3x3 model.
 
 Seeds are fixed. So that no result hangs on them, the statistical tests were repeated with their
-seeds shifted, 20 times each, by `.ci/repeat_seeds.py`; a few have other bounds and more replicates since.
+seeds shifted, 20 times each, by `.ci/repeat_seeds.py`; a few have other bounds and more runs since.
 """
 
 import math
