@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 
@@ -63,7 +64,7 @@ def test_it_runs_top_to_bottom_and_says_what_it_should(executed):
 def test_every_picture_of_the_readme_is_written(executed, root):
     _, folder = executed
     wanted = re.findall(r"\(figures/([\w.]+)\)", (root / "README.md").read_text())
-    assert wanted and all((folder / "figures" / name).stat().st_size > 1000 for name in wanted)
+    assert wanted and all((folder / "run" / name).stat().st_size > 1000 for name in wanted)
 
 
 APPENDIX_B = "question_g_fresh", "question_g_sandwich", "centre_", "rank_", "pixel_bits_", "notebook_minutes_proved"
@@ -71,13 +72,44 @@ APPENDIX_B = "question_g_fresh", "question_g_sandwich", "centre_", "rank_", "pix
 
 def test_results_are_complete_and_well_formed(executed, root):
     _, folder = executed
-    fast = json.loads((folder / "figures" / "results.json").read_text())
+    fast = json.loads((folder / "run" / "results.json").read_text())
     saved = json.loads((root / "figures" / "results.json").read_text())
     missing = {name for name in set(fast) - set(saved) if not name.startswith(APPENDIX_B)}  # a run without PROVE
     assert set(saved) <= set(fast) and not missing
     for entry in fast.values():
-        assert set(entry) == {"value", "stderr", "unit", "n", "how", "device"}
+        assert set(entry) == {"value", "stderr", "unit", "n", "how", "device", "weights"}
     assert fast["tiny_total_variation_smc"]["value"] < 0.1 < fast["tiny_total_variation_forward_gibbs"]["value"]
+
+
+def test_a_run_in_small_publishes_nothing(executed, root):
+    _, folder = executed
+    assert not (folder / "figures").exists()
+
+
+def test_what_is_not_a_whole_run_leaves_the_released_files(nb, tmp_path):
+    """And a whole one drops what other weights gave, and keeps appendix B's of its own."""
+    made, folder, start = tmp_path / "run", tmp_path / "figures", 1e9
+    made.mkdir(), folder.mkdir()
+
+    def results(weights, *names):
+        return {name: dict(value=1.0, weights=weights) for name in names}
+
+    def released():
+        return json.loads((folder / "results.json").read_text())
+
+    (made / "old.png").write_bytes(b"old"), (made / "new.png").write_bytes(b"new")
+    os.utime(made / "old.png", (start - 1, start - 1))
+    main_line = "test_bits", "notebook_minutes"
+    assert "published" in nb.publish(results("a", *main_line, "rank"), start, made, folder)
+    assert [path.name for path in folder.glob("*.png")] == ["new.png"]
+    before = released()
+    for part in (main_line[:1], main_line[1:]):  # interrupted; only the last cells
+        assert "stays as it was: this run did not make" in nb.publish(results("b", *part), start, made, folder)
+        assert released() == before
+    nb.publish(results("a", *main_line), start, made, folder)
+    assert "rank" in released()
+    nb.publish(results("b", *main_line), start, made, folder)
+    assert set(released()) == set(main_line)
 
 
 def test_checkpoints_are_written_and_loaded_again(executed, nb):

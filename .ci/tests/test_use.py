@@ -47,4 +47,4 @@ def test_the_program_for_other_data_runs_in_small(root, cells, folder):
     start = loading(root).split("model =")[0] + "globals().update(vars(nb))\n"
     said = run(start + "torch.set_num_threads(1)\n" + small, folder)
     assert float(re.search(r"bits/dim tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
-    assert (folder / "figures" / "other.png").exists() and (folder / "other" / "model.pt").exists()
+    assert (folder / "run" / "other.png").exists() and (folder / "other" / "model.pt").exists()
