@@ -1,5 +1,6 @@
 """What users' machines do: kill, fill up, corrupt, starve, repeat. Each fault is made for real where it can be."""
 
+import contextlib
 import functools
 import gzip
 import http.server
@@ -201,7 +202,10 @@ def test_a_changed_pickle_is_refused_before_it_is_read(nb, monkeypatch):
             nb.unpickled(bytes(data))
 
 
-def test_two_notebooks_that_download_at_once(nb, root, mnist, tmp_path):
+def test_two_notebooks_that_download_at_once(nb, root, mnist, tmp_path, monkeypatch):
+    """Threads in place of processes: a timeout that belongs to the process would be restored to the other's."""
+    monkeypatch.setattr(nb, "impatient_network", contextlib.nullcontext)
+
     def source(folder):
         (folder / "MNIST" / "raw").mkdir(parents=True)
         for path in (root / "data" / "MNIST" / "raw").iterdir():
