@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from definitions import ROOT, definitions, notebook_cells
 
 settings.register_profile("repeatable", derandomize=True)  # the same examples in each run

@@ -358,13 +358,13 @@ def test_a_batch_too_large_for_the_gpu_is_halved_with_the_same_draws(nb, tiny, m
             return super().new_cache(n)
 
     monkeypatch.setattr(nb, "FastNetwork", Starved)
-    with pytest.warns(UserWarning, match="out of GPU memory"):
+    with pytest.warns(UserWarning, match="sample: no GPU memory for 30 at once; going on in batches of 15"):
         assert torch.equal(nb.sample(tiny, 30, seed=4), calm)
 
     def never(part):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="single image"):
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="test_a_batch.*: no GPU memory even for one"):
         list(nb.in_batches(never, 4, 4))
 
 
@@ -391,15 +391,44 @@ def test_runs_too_many_for_the_gpu_are_halved_with_the_same_draws(nb, tiny, evid
     setattr(starved, where, short)
     monkeypatch.setattr(nb, "FastNetwork", starved)
     for whole, present in zip(calm, (None, images)):
-        with pytest.warns(UserWarning, match="out of GPU memory: going on in batches of [13]$"):
+        with pytest.warns(UserWarning, match="smc: no GPU memory for .* at once; going on in batches of [13]$"):
             parts = runs(1, present)
         assert torch.equal(parts.draws, whole.draws) and torch.equal(parts.line, whole.line)
         assert (parts.log_w - whole.log_w).abs().max() < 1e-12
     limit = 7 * 6 * nb.COPIES
     assert not torch.equal(runs(9).draws, calm[0].draws)
     limit = 0
-    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="single image"):
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="smc: no GPU memory even for one"):
         runs(1)
+
+
+def busy():
+    while True:
+        pass
+
+
+def test_a_busy_machine_slows_small_operations_fourfold_at_most(nb, tiny, evidence):
+    """True Gibbs sampling of the 3x3 model beside a process on each core (on all threads: tens of times as long)."""
+    known = torch.arange(9).view(3, 3) > 2
+
+    def seconds():
+        started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
+        for _ in range(40):
+            nb.gibbs_sweep(tiny, evidence[0], known, generator)
+        return time.perf_counter() - started
+
+    seconds()
+    alone, others = seconds(), [multiprocessing.get_context("fork").Process(target=busy, daemon=True)
+                                for _ in range(os.cpu_count() or 1)]
+    for process in others:
+        process.start()
+    try:
+        beside = seconds()
+    finally:
+        for process in others:
+            process.kill()
+            process.join()
+    assert beside < 4 * alone, (alone, beside)
 
 
 def test_one_seed_one_result(nb, tiny):

@@ -1,7 +1,7 @@
 """What a GPU would refuse, on a pretended one; and what TF32 would do to the numbers.
 
 The whole notebook on the pretended card takes several minutes and runs on demand:
-`.venv/bin/python .ci/gpu_drill/run_notebook.py` as on a T4, with `--bf16` as on an A100.
+`.venv/bin/python .ci/tools/gpu_drill/run_notebook.py` as on a T4, with `--bf16` as on an A100.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from gpu_drill.faults import Infinite, broken_compile
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the pretended device needs a C++ compiler (g++)")
 def test_every_public_function_works_on_a_card_as_on_a_cpu(root):
-    run = subprocess.run([sys.executable, root / ".ci" / "gpu_drill" / "drills.py"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, root / ".ci" / "tools" / "gpu_drill" / "drills.py"], capture_output=True, text=True)
     assert run.returncode == 0 and "0 failed" in run.stdout and "0 device mismatches" in run.stdout, run.stdout[-4000:]
 
 

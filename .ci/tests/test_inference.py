@@ -1,7 +1,7 @@
 """Answers against enumeration on the 3x3 model.
 
 Seeds are fixed. So that no result hangs on them, the statistical tests were repeated with their
-seeds shifted, 20 times each, by `.ci/repeat_seeds.py`; a few have other bounds and more runs since.
+seeds shifted, 20 times each, by `.ci/tools/repeat_seeds.py`; a few have other bounds and more runs since.
 """
 
 import math
@@ -316,11 +316,26 @@ def test_completion_keeps_the_known_pixels_and_ignores_the_others(nb, tiny, evid
     assert torch.equal(first.draws, second.draws) and first.log_evidence == second.log_evidence
 
 
+def test_a_budget_is_spent_only_where_it_may_help(nb, tiny, evidence, monkeypatch):
+    """The sd of log Z may fall like one over the root of the rounds, and lineages grow like them; no faster."""
+    def rounds(budget=4, **limits):
+        with monkeypatch.context() as changed:
+            for name, limit in limits.items():
+                changed.setattr(nb, name, limit)
+            found = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(10, rounds=budget)).diagnostics["found"]
+            return found.rounds, found.log_z.std().item(), found.lineages
+
+    (one, sd, _), (all_four, _, lineages) = rounds(), rounds(MIN_RUNS=9)
+    assert one == 1 and all_four == 4  # it passes at once; what more rounds may cure or not, as nine runs, is tried
+    assert rounds(MIN_RUNS=9, MAX_SD=0.49 * sd)[0] == 1 < rounds(16, MIN_RUNS=9, MAX_SD=0.49 * sd)[0]
+    assert rounds(MIN_LINEAGES=4 * lineages)[0] < 4
+
+
 def test_runs_that_disagree_are_not_converged_and_have_no_error_bar(nb, tiny, evidence, monkeypatch):
     monkeypatch.setattr(nb, "MAX_SD", 0.0)
     completion = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(10))
     assert completion.status == "not converged" and completion.log_evidence_stderr is None
-    assert completion.diagnostics["found"].rounds == 2  # all that the budget had
+    assert completion.diagnostics["found"].rounds == 1  # more cannot help
     assert any("log Z" in doubt for doubt in completion.diagnostics["doubts"])
     estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), nb.Budget(10))
     assert estimate.status == "not converged" and estimate.stderr is None

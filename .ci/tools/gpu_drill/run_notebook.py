@@ -1,7 +1,7 @@
 """Run the notebook's cells, FAST, on a pretended CUDA device: every cell executes for real, on the CPU's data,
 but tensors say "cuda:0" and mixing them with CPU tensors is refused as CUDA would.
 
-usage, from the project's root: .venv/bin/python .ci/gpu_drill/run_notebook.py [--bf16] [--set 'NAME=VALUE' ...]
+usage, from the project's root: .venv/bin/python .ci/tools/gpu_drill/run_notebook.py [--bf16] [--set 'NAME=VALUE' ...]
   --bf16   a card with native bfloat16 (A100, L4, H100); without it a T4, which trains in float16
 Prints each run cell with its kernel launches, host-device synchronisations and bytes; exits 1 if a cell failed.
 What it cannot show: speed, cuDNN's TF32, numerics of the kernels, torch.compile (left out).

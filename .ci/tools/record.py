@@ -2,12 +2,12 @@
 and times the notebook with the checkpoints that are committed. The stage `more` trains the released model on: fresh
 optimisers, constant rates, one decay over the last fifth.
 
-usage: python .ci/record.py --minutes N --folder FOLDER [--stages small,guide,score,notebook | more | weights]
+usage: python .ci/tools/record.py --minutes N --folder FOLDER [--stages small,guide,score,notebook | more | weights]
                             [--processes 2] [--tiny]
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
 the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an
-unfinished `small` into .ci/record, to travel in git; a folder without a state begins there, with fresh optimisers and
+unfinished `small` into .ci/tools/record, to travel in git; a folder without a state begins there, with fresh optimisers and
 what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history,
 SHA256SUMS, scores.json and notebook.json.
 """
@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from definitions import ROOT, definitions
 
-CARRIED = ROOT / ".ci" / "record"
+CARRIED = ROOT / ".ci" / "tools" / "record"
 NAMES = {"small": "small.pt", "guide": "small_guide.pt", "more": "more.pt"}
 
 
@@ -69,7 +69,7 @@ def share_gradients(world):
 
 
 def going_on(nb, config, path, device, network, before=0):
-    """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/record
+    """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/tools/record
     stand in for a lost state. before: images seen before this recipe began."""
     kept, weights = path.with_suffix(".json"), CARRIED / path.name
     if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
@@ -83,7 +83,7 @@ def going_on(nb, config, path, device, network, before=0):
 
 
 def weights(options):
-    """Put the weights of the unfinished `small` or `more` into .ci/record."""
+    """Put the weights of the unfinished `small` or `more` into .ci/tools/record."""
     nb, folder = definitions(), Path(options.folder)
     path = next(folder / NAMES[stage] for stage in ("more", "small") if (folder / f"{stage}.state").exists())
     state = torch.load(path.with_suffix(".state"), map_location="cpu", weights_only=True)
@@ -202,7 +202,7 @@ def notebook(options, end):
     shutil.copy(ROOT / "PixelCNN.ipynb", place)
     started = time.monotonic()
     try:
-        run = subprocess.run([sys.executable, ROOT / ".ci" / "execute.py", "--in", place, *["--fast"] * options.tiny],
+        run = subprocess.run([sys.executable, ROOT / ".ci" / "tools" / "execute.py", "--in", place, *["--fast"] * options.tiny],
                              capture_output=True, text=True, timeout=max(end - started, 1))
         said = "finished" if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """Puts the picture of the first screen into cell 0: completions of question G and forward Gibbs draws, cut out of
 figures/question_g.png, with their verdicts; below them the questions A to G as small grids.
 
-usage: python .ci/hero.py [--rows 0,1,2]
+usage: python .ci/tools/hero.py [--rows 0,1,2]
 """
 import argparse
 import base64

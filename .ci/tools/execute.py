@@ -1,6 +1,6 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
-usage: python .ci/execute.py [--fast] [--prove] [--in FOLDER] [--timeout SECONDS]
+usage: python .ci/tools/execute.py [--fast] [--prove] [--in FOLDER] [--timeout SECONDS]
 FOLDER (default: here) holds PixelCNN.ipynb; it gets the outputs, with the settings as they were, after every section.
 """
 import argparse

@@ -1,6 +1,6 @@
 """A pytest plugin that runs the body of each test again and again with its seeds shifted: is any test flaky?
 
-    PYTHONPATH=.ci REPEATS=20 .venv/bin/pytest -p repeat_seeds .ci/tests/test_inference.py
+    PYTHONPATH=.ci/tools REPEATS=20 .venv/bin/pytest -p repeat_seeds .ci/tests/test_inference.py
 
 Shifted are the seeds of torch.Generator, torch.manual_seed and numpy.random.default_rng. Fixtures keep theirs. A test
 that draws no random numbers runs once.

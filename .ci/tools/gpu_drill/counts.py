@@ -1,6 +1,6 @@
 """Kernel launches and FLOPs of the released networks at full size, counted on a pretended card, and what they mean.
 
-usage: python .ci/gpu_drill/counts.py
+usage: python .ci/tools/gpu_drill/counts.py
 A launch costs about 8 microseconds and a view 2 (the replay of a graph counts as one launch, though what is in it takes
 some microseconds each); arithmetic runs at a tenth of the peak on a T4, a third on an A100.
 The larger of the two sums is the estimate: good to a factor of two, no better. No card was used.
