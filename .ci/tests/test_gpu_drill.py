@@ -20,7 +20,8 @@ from gpu_drill.faults import Infinite, broken_compile
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the pretended device needs a C++ compiler (g++)")
 def test_every_public_function_works_on_a_card_as_on_a_cpu(root):
-    run = subprocess.run([sys.executable, root / ".ci" / "tools" / "gpu_drill" / "drills.py"], capture_output=True, text=True)
+    drills = root / ".ci" / "tools" / "gpu_drill" / "drills.py"
+    run = subprocess.run([sys.executable, drills], capture_output=True, text=True)
     assert run.returncode == 0 and "0 failed" in run.stdout and "0 device mismatches" in run.stdout, run.stdout[-4000:]
 
 

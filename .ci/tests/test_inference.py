@@ -322,7 +322,8 @@ def test_a_budget_is_spent_only_where_it_may_help(nb, tiny, evidence, monkeypatc
         with monkeypatch.context() as changed:
             for name, limit in limits.items():
                 changed.setattr(nb, name, limit)
-            found = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(10, rounds=budget)).diagnostics["found"]
+            answer = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 2, nb.Budget(10, rounds=budget))
+            found = answer.diagnostics["found"]
             return found.rounds, found.log_z.std().item(), found.lineages
 
     (one, sd, _), (all_four, _, lineages) = rounds(), rounds(MIN_RUNS=9)

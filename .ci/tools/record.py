@@ -7,8 +7,8 @@ usage: python .ci/tools/record.py --minutes N --folder FOLDER [--stages small,gu
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
 the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an
-unfinished `small` into .ci/tools/record, to travel in git; a folder without a state begins there, with fresh optimisers and
-what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history,
+unfinished network into .ci/tools/record, to travel in git; a folder without a state begins there, with fresh optimisers
+and what is left of the images. The folder keeps <name>.state while a network trains, then <name>.pt with its history,
 SHA256SUMS, scores.json and notebook.json.
 """
 import argparse
@@ -69,7 +69,7 @@ def share_gradients(world):
 
 
 def going_on(nb, config, path, device, network, before=0):
-    """(config for the images that are left, with the same decay at the end; initial=model) if weights in .ci/tools/record
+    """(config for the images that are left, with the same decay at the end; initial=model) if weights that were carried
     stand in for a lost state. before: images seen before this recipe began."""
     kept, weights = path.with_suffix(".json"), CARRIED / path.name
     if not kept.exists() and (path.with_suffix(".state").exists() or not weights.exists()):
@@ -202,7 +202,8 @@ def notebook(options, end):
     shutil.copy(ROOT / "PixelCNN.ipynb", place)
     started = time.monotonic()
     try:
-        run = subprocess.run([sys.executable, ROOT / ".ci" / "tools" / "execute.py", "--in", place, *["--fast"] * options.tiny],
+        execute = ROOT / ".ci" / "tools" / "execute.py"
+        run = subprocess.run([sys.executable, execute, "--in", place, *["--fast"] * options.tiny],
                              capture_output=True, text=True, timeout=max(end - started, 1))
         said = "finished" if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
     except subprocess.TimeoutExpired:

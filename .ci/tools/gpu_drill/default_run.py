@@ -2,9 +2,9 @@
 
 usage, from the project's root: python .ci/tools/gpu_drill/default_run.py  (half an hour on two cores)
 All cells run twice with default settings, but with 2 particles a run in place of 128: on the CPU, where FLOPs are
-counted (those of `smc` sixty-four-fold), and on the pretended card, where launches are: those hardly depend on the number
-of particles. Every completion takes two rounds, some more than in the saved run. A cell takes the longer of its arithmetic
-and its launches, at the rates of counts.py; kernels inside replayed graphs at 2 microseconds.
+counted (those of `smc` sixty-four-fold), and on the pretended card, where launches are: those hardly depend on the
+number of particles. Every completion takes two rounds. A cell takes the longer of its arithmetic and its launches, at the
+rates of counts.py; kernels inside replayed graphs at 2 microseconds.
 """
 import contextlib
 import io
@@ -18,27 +18,28 @@ import types
 from pathlib import Path
 
 ARITHMETIC = "--flops" in sys.argv  # the other process, without the pretended card
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 if not ARITHMETIC:
     import cudasim
     import graphs
 import torch
+from definitions import ROOT, notebook_cells
 from torch.utils.flop_counter import FlopCounterMode
 
 os.environ["MPLBACKEND"], os.environ["TQDM_DISABLE"] = "agg", "1"
-ROOT, FEW, USUAL = Path(__file__).resolve().parents[3], 2, 128
+FEW, USUAL = 2, 128
 RATES = {"T4": 8.1e12 / 10, "A100": 19.5e12 / 3}  # float32
 torch.set_num_threads(1)
 
 
-def executed(around, few=lambda module: None):
-    """Run all cells; around(number, heading, run): called for each in place of run()."""
+def executed(around, after=lambda module: None):
+    """Run all cells; around(number, heading, run): called for each in place of run(); after(module): after each."""
     module, heading = types.ModuleType("__main__"), ""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("checkpoints", "data"):
             os.symlink(ROOT / name, f"{folder}/{name}")
         os.chdir(folder)
-        for number, cell in enumerate(json.loads((ROOT / "PixelCNN.ipynb").read_text())["cells"]):
+        for number, cell in enumerate(notebook_cells()):
             source = "".join(cell["source"])
             if cell["cell_type"] != "code":
                 heading = ([heading] + re.findall(r"^##+ (.*)", source, re.M))[-1]
@@ -50,7 +51,7 @@ def executed(around, few=lambda module: None):
                 module.Budget.__init__.__defaults__ = FEW, 8, 2
                 module.doubts_about = lambda found: ["as if"] * (found.rounds < 2)
                 module.hopeless = lambda *_: False
-            few(module)
+            after(module)
         os.chdir(ROOT)
 
 
@@ -64,7 +65,7 @@ def flops_of_cells():
             run()
         found[number] = counter.get_total_flops() + extra[0]
 
-    def few(module):
+    def after(module):
         if "smc" in vars(module) and not hasattr(module.smc, "plain"):
             plain = module.smc
 
@@ -76,7 +77,7 @@ def flops_of_cells():
 
             counted.plain = module.smc = counted
 
-    executed(around, few)
+    executed(around, after)
     return found
 
 
