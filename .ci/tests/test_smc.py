@@ -31,12 +31,13 @@ class Forced:
         return options[chosen]
 
     def draw_row(self, walks, images, known, *rest, **options):
-        self.free = iter([column for column in (~known).view(len(self.log_chance), -1, known.shape[1])[0].T
-                          if column.any()])  # which particles draw: the same ones in all ways
+        self.free = iter((~known).view(len(self.log_chance), -1, known.shape[1])[0].T)  # who draws: in all ways the same
         return self.real(walks, images, known, *rest, **options)
 
     def draw_levels(self, logits, uniforms, temperature):
         free, levels = next(self.free), range(logits.shape[1])
+        if not free.any():
+            return torch.zeros(len(logits), dtype=torch.long)
         log_probs = torch.log_softmax(logits.double(), dim=1).unflatten(0, (len(self.log_chance), -1))
         options = torch.tensor([*itertools.product(*(levels if draws else [0] for draws in free))])
         log_chance = log_probs[:, free.nonzero()[:, 0], options[:, free]].sum(dim=2)

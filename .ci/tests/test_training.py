@@ -67,10 +67,17 @@ def test_load_or_train_loads_what_matches_and_trains_what_does_not(nb, config, i
     path = tmp_path / "model.pt"
     path.write_bytes(trained.read_bytes())
     (tmp_path / "SHA256SUMS").write_bytes(trained.with_name("SHA256SUMS").read_bytes())
-    other = replace(config, images_seen=160)
-    model, history = nb.load_or_train(other, images, images[:20], path=path, device="cpu")
-    assert history[-1]["images"] == 160 and model.config == other
-    assert "another config" in capsys.readouterr().out
+    assert "another" not in capsys.readouterr().out
+    recipe = replace(config, images_seen=160)
+    model, _ = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu")
+    assert same(model, loaded) and model.config == config  # the weights stay; what made them is said
+    assert "another recipe: {'images_seen': 640}" in capsys.readouterr().out
+    model, history = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu", anew=True)
+    assert history[-1]["images"] == 160 and model.config == recipe
+    for other in (dict(channels=12), dict(dilations=(2, 1)), dict(first_mask="B")):
+        model, _ = nb.load_or_train(replace(recipe, **other), images, images[:20], path=path, device="cpu")
+        assert model.config == replace(recipe, **other)
+        assert "another network" in capsys.readouterr().out
 
 
 def test_devices(nb):

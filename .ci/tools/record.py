@@ -1,9 +1,10 @@
 """The record in one command: trains the model by its recipe, then its guide; scores what is finished on the test set,
 and times the notebook with the checkpoints that are committed. The stage `more` trains the released model on: fresh
-optimisers, constant rates, one decay over the last fifth.
+optimisers, constant rates, one decay over the last fifth. `guide1`, `guide2`, ... train the released guide on for it, a
+leg each, on 40,000 digits and 40,000 draws that it has not seen; `gain` says what each leg gained.
 
-usage: python .ci/tools/record.py --minutes N --folder FOLDER [--stages small,guide,score,notebook | more | weights]
-                            [--processes 2] [--tiny]
+usage: python .ci/tools/record.py --minutes N --folder FOLDER [--processes 2] [--tiny]
+                            [--stages small,guide,score,notebook | more | guide1,guide2,...,gain | weights]
 Run again with the same folder it goes on where it stopped. It fetches nothing: MNIST must be in data/. On a CPU two
 processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use one where
 the other core is busy: they wait for each other); on a GPU there is one process. The stage `weights` puts those of an
@@ -31,7 +32,8 @@ import torch.multiprocessing as mp
 from definitions import ROOT, definitions
 
 CARRIED = ROOT / ".ci" / "tools" / "record"
-NAMES = {"small": "small.pt", "guide": "small_guide.pt", "more": "more.pt"}
+NAMES = {"small": "small.pt", "guide": "small_guide.pt", "more": "more.pt",
+         **{f"guide{leg}": f"guide{leg}.pt" for leg in range(1, 10)}}
 
 
 def recipe(nb, stage, tiny):
@@ -39,11 +41,13 @@ def recipe(nb, stage, tiny):
     config = nb.Config()
     if stage == "more":
         config = replace(config, images_seen=1_200_000, warmup=64_000 / 1_200_000, decay=0.2, seed=11)
-    if tiny:
+    if tiny and not stage[5:]:
         config = replace(config, **nb.FAST_SIZES)
-    if stage == "guide":
-        config = replace(config, encoder=(1, 2) if tiny else (1, 2, 4, 8, 2), matrix_learning_rate=0.01,
-                         learning_rate=0.0015, decay=0.2, images_seen=512 if tiny else 648_192)
+    if stage.startswith("guide"):
+        config = replace(config, encoder=(1, 2) if tiny and not stage[5:] else (1, 2, 4, 8, 2), decay=0.2,
+                         matrix_learning_rate=0.01, learning_rate=0.0015, images_seen=512 if tiny else 648_192)
+    if stage[5:]:
+        config = replace(config, images_seen=256 if tiny else 80_000, warmup=0.05, decay=0.5, seed=int(stage[5:]))
     return config
 
 
@@ -83,11 +87,12 @@ def going_on(nb, config, path, device, network, before=0):
 
 
 def weights(options):
-    """Put the weights of the unfinished `small` or `more` into .ci/tools/record."""
+    """Put the weights of the last stage that is unfinished into .ci/tools/record."""
     nb, folder = definitions(), Path(options.folder)
-    path = next(folder / NAMES[stage] for stage in ("more", "small") if (folder / f"{stage}.state").exists())
+    path = next(folder / name for name in reversed(NAMES.values()) if (folder / name).with_suffix(".state").exists())
     state = torch.load(path.with_suffix(".state"), map_location="cpu", weights_only=True)
-    model = nb.PixelCNN(nb.Config(**state["config"])).bfloat16()  # half the size, and 0.2 % is no loss here
+    network = nb.GuideNetwork if "guide" in path.name else nb.PixelCNN
+    model = network(nb.Config(**state["config"])).bfloat16()  # half the size, and 0.2 % is no loss here
     model.load_state_dict(state["model"])  # the running weights: the average lags behind
     _, images, seconds, history = state["progress"]
     history = [*history, dict(images=images, seconds=seconds, train_bits=math.nan, validation_bits=math.nan)]
@@ -96,14 +101,20 @@ def weights(options):
     print(f"weights after {images:,} images are in {CARRIED / path.name}")
 
 
-def with_draws(nb, model, digits, count, folder, rank, world):
-    """Digits and draws of the model; each process draws its share, once a folder. What goes on from weights draws
-    others: a guide that has seen the same draws eight times knows them by heart."""
-    parts = [folder / f"draws{number}of{world}.pt" for number in range(world)]
-    kept = (folder / NAMES["guide"]).with_suffix(".json")
+def guide_before(leg, folder):
+    """Where the guide is that a leg begins with."""
+    return folder / NAMES[f"guide{leg - 1}"] if leg > 1 else ROOT / "checkpoints" / "small_guide.pt"
+
+
+def with_draws(nb, model, digits, count, path, leg, rank, world):
+    """Digits and draws of the model for the guide at `path`; each process draws its share, once. What goes on from
+    weights draws others, and so does each leg: a guide that has seen the same draws eight times knows them by heart."""
+    parts = [path.with_suffix(f".draws{number}of{world}") for number in range(world)]
+    kept = path.with_suffix(".json")
     seen = json.loads(kept.read_text()) if kept.exists() else 0
     if not parts[rank].exists():
-        nb.save_atomically(nb.sample(model, count // world, seed=59 + rank + seen).cpu(), parts[rank])
+        draws = nb.sample(model, count // world, seed=59 + rank + seen + 10**7 * leg)
+        nb.save_atomically(draws.cpu(), parts[rank])
     if world > 1:
         dist.barrier()
     return torch.cat([digits, *(torch.load(part, weights_only=True) for part in parts)])
@@ -113,6 +124,7 @@ def work(rank, world, stage, options):
     """One process's part of a stage; process 0 keeps the state and validates."""
     nb, folder = definitions(), Path(options.folder)
     config, device, path = recipe(nb, stage, options.tiny), nb.pick_device(), folder / NAMES[stage]
+    leg = int(stage[5:] or 0)
     train_images = nb.load_mnist(ROOT / "data")[0]
     images, validation = train_images[:55_000], train_images[55_000:56_000]
     if options.tiny:
@@ -122,24 +134,30 @@ def work(rank, world, stage, options):
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     extra, whole_loss, score = {}, nb.training_loss, nb.bits_per_dim
-    if stage == "guide":
-        model = nb.load_checkpoint(folder / NAMES["small"], device.type)
-        whole_loss, score = partial(nb.guide_loss, model), partial(nb.guide_bits, model)
-        extra = dict(network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder))
-        images = with_draws(nb, model, images[:40_000], 64 if options.tiny else 40_000, folder, rank, world)
+    if stage.startswith("guide"):
+        model = nb.load_checkpoint(folder / NAMES["more" if leg else "small"], device.type)
+        initial = (nb.load_checkpoint(guide_before(leg, folder), device.type, nb.GuideNetwork) if leg
+                   else nb.GuideNetwork.starting_from(model, config.encoder))
+        score, extra = partial(nb.guide_bits, model), dict(network=nb.GuideNetwork, initial=initial)
+
+        def whole_loss(network, batch, step):
+            return nb.guide_loss(model, network, batch, step + 10**6 * leg)  # other masks in each leg
+
+        images = with_draws(nb, model, images[:40_000], 64 if options.tiny else 40_000, path, leg, rank, world)
     whole = config
     before = 0
     if stage == "more":
         released = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", device.type)
         extra, before = dict(initial=released), released.history[-1]["images"]
-    config, other = going_on(nb, config, path, device, nb.GuideNetwork if stage == "guide" else nb.PixelCNN, before)
+    network = nb.GuideNetwork if stage.startswith("guide") else nb.PixelCNN
+    config, other = going_on(nb, config, path, device, network, before)
     extra.update(other)
     loss = whole_loss
     if world > 1:
         share_gradients(world)
 
         def loss(model, batch, step):
-            return whole_loss(model, batch[rank::world], step * world + rank if stage == "guide" else step)
+            return whole_loss(model, batch[rank::world], step * world + rank)
 
         if rank > 0:
             other, state = folder / f"process{rank}", path.with_suffix(".state")
@@ -176,6 +194,26 @@ def trained(stage, options, end):
         worker.terminate()
         worker.join()
     return path.exists()
+
+
+@torch.no_grad()
+def gain(options):
+    """What the released guide and each leg gain over the model alone, in nats: log g of the hidden top half of 160
+    draws of the model; and by how much that is more than the one before, paired."""
+    nb, folder = definitions(), Path(options.folder)
+    model = nb.load_checkpoint(folder / NAMES["more"])
+    images = nb.sample(model, 4 if options.tiny else 160, seed=97)
+    known = (torch.arange(28)[:, None].expand(images.shape) >= 14).to(images.device)
+    alone, before = nb.pixel_log_probs(model, images).masked_fill(known, 0).sum(dim=(1, 2)), None
+    for leg in range(1, 11):
+        path = guide_before(leg, folder)
+        if not path.exists():
+            break
+        guide = nb.Guide(model, nb.load_checkpoint(path, network=nb.GuideNetwork))
+        gained = nb.guide_pixel_log_probs(guide, images, known).sum(dim=(1, 2)) - alone
+        for what, x in (("gains", gained), ("more than before", gained - (gained if before is None else before))):
+            print(f"{path.name}: {what} {x.mean():.2f} ± {x.std() / len(x) ** 0.5:.2f} nats", flush=True)
+        before = gained
 
 
 def score(options):
@@ -220,7 +258,7 @@ def main():
     parser.add_argument("--folder", required=True)
     parser.add_argument("--stages", default="small,guide,score,notebook")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count()), help="on a CPU")
-    parser.add_argument("--tiny", action="store_true", help="small networks, to try the command")
+    parser.add_argument("--tiny", action="store_true", help="small networks, but for legs; few images, to try the command")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     folder = Path(options.folder).resolve()
@@ -232,8 +270,8 @@ def main():
             if not trained(stage, options, end):
                 print(f"{stage} is not finished; run again to go on")
                 return
-        elif stage in ("score", "weights"):
-            (score if stage == "score" else weights)(options)
+        elif stage in ("score", "gain", "weights"):
+            dict(score=score, gain=gain, weights=weights)[stage](options)
         else:
             notebook(options, end)
 

@@ -138,7 +138,6 @@ SAME_CALL = {
     "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
     "future_by_guide": lambda m, g, to: nb.future_by_guide(g, IMAGES[0].to(m.device), (3, 2), 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
-    "evidence_log_probs": lambda m, g, to: nb.evidence_log_probs(m, to(IMAGES), to(KNOWN)),
     "receptive_field": lambda m, g, to: nb.receptive_field(m, (3, 2)),
     "leaked_difference": lambda m, g, to: nb.leaked_difference(m, IMAGES),
     "cached_logits": lambda m, g, to: nb.cached_logits(m, IMAGES[:4].to(m.device)),
