@@ -31,7 +31,8 @@ class Forced:
         return options[chosen]
 
     def draw_row(self, walks, images, known, *rest, **options):
-        self.free = iter((~known).view(len(self.log_chance), -1, known.shape[1])[0].T)  # who draws: in all ways the same
+        # Who draws in each column: the same particles in all ways.
+        self.free = iter((~known).view(len(self.log_chance), -1, known.shape[1])[0].T)
         return self.real(walks, images, known, *rest, **options)
 
     def draw_levels(self, logits, uniforms, temperature):

@@ -123,8 +123,6 @@ SAME_CALL = {
     "complete, a batch": lambda m, g, to: [
         nb.complete(m, to(IMAGES[k]), to(KNOWN), 4, BUDGET, guide=g, seed=k) for k in range(2)],
     "complete, a batch in one": lambda m, g, to: nb.complete(m, to(IMAGES[:3]), to(KNOWN), 4, BUDGET, guide=g),
-    "complete, a batch with two masks": lambda m, g, to: nb.complete(
-        m, to(IMAGES[:3]), to(torch.stack([KNOWN, FEW, KNOWN])), 4, BUDGET, guide=g),
     "runs_against_table": lambda m, g, to: list(nb.runs_against_table(told(g, FEW), table_for(m), 20).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
