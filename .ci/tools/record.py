@@ -47,7 +47,8 @@ def recipe(nb, stage, tiny):
         config = replace(config, encoder=(1, 2) if tiny and not stage[5:] else (1, 2, 4, 8, 2), decay=0.2,
                          matrix_learning_rate=0.01, learning_rate=0.0015, images_seen=512 if tiny else 648_192)
     if stage[5:]:
-        config = replace(config, images_seen=256 if tiny else 80_000, warmup=0.05, decay=0.5, seed=int(stage[5:]))
+        config = replace(config, images_seen=256 if tiny else 80_000, warmup=0.05, decay=0.5, ema_decay=0.995,
+                         seed=int(stage[5:]))
     return config
 
 
