@@ -132,7 +132,7 @@ SAME_CALL = {
     "smc with a present": lambda m, g, to: runs(g, KNOWN, True),
     "smc without looks and copies": lambda m, g, to: runs(g, KNOWN, looks={}, copies=1),
     "gibbs_chains": lambda m, g, to: nb.gibbs_chains(g, IMAGES[:3].to(m.device), KNOWN.to(m.device), 2, 0),
-    "one_of_each": lambda m, g, to: nb.one_of_each(runs(g, KNOWN).of(slice(None)), 1),
+    "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g, KNOWN).of(slice(None)), 1),
     "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
     "future_by_guide": lambda m, g, to: nb.future_by_guide(g, IMAGES[0].to(m.device), (3, 2), 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
