@@ -146,10 +146,10 @@ def work(rank, world, stage, options):
 
         images = with_draws(nb, model, images[:40_000], 64 if options.tiny else 40_000, path, leg, rank, world)
     whole = config
-    before = 0
     if stage == "more":
-        released = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", device.type)
-        extra, before = dict(initial=released), released.history[-1]["images"]
+        extra = dict(initial=nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", device.type))
+    seen_before = getattr(extra.get("initial"), "history", [])  # by what this recipe begins with
+    before = seen_before[-1]["images"] if seen_before else 0
     network = nb.GuideNetwork if stage.startswith("guide") else nb.PixelCNN
     config, other = going_on(nb, config, path, device, network, before)
     extra.update(other)
@@ -213,7 +213,8 @@ def gain(options):
         guide = nb.Guide(model, nb.load_checkpoint(path, network=nb.GuideNetwork))
         gained = nb.guide_pixel_log_probs(guide, images, known).sum(dim=(1, 2)) - alone
         for what, x in (("gains", gained), ("more than before", gained - (gained if before is None else before))):
-            print(f"{path.name}: {what} {x.mean():.2f} ± {x.std() / len(x) ** 0.5:.2f} nats", flush=True)
+            mean, stderr = nb.mean_and_error(x)
+            print(f"{path.name}: {what} {mean:.2f} ± {stderr:.2f} nats", flush=True)
         before = gained
 
 
