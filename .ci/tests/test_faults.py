@@ -22,6 +22,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from definitions import train_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +80,7 @@ def test_training_killed_at_random_moments_ends_as_if_never_stopped(nb, config, 
 
 def test_a_kill_between_the_checkpoint_and_its_hash_is_mended(nb, config, images, tmp_path):
     path = tmp_path / "model.pt"
-    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=39)
+    train_until(nb, 39, config, images, images[:20], path=path, device="cpu")
     path.write_bytes(b"renamed into place, but its hash was not written")
     model, history = nb.load_or_train(config, images, images[:20], path=path, device="cpu")
     assert history[-1]["images"] == 640
@@ -471,7 +472,7 @@ def test_threads_change_rounding_only(nb):
 
 def test_a_loss_that_explodes_stops_the_run_and_names_step_and_rate(nb, config, images, tmp_path):
     path = tmp_path / "model.pt"
-    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=5)
+    train_until(nb, 5, config, images, images[:20], path=path, device="cpu")
     state = path.with_suffix(".state").read_bytes()
     spoilt = torch.load(io.BytesIO(state), weights_only=True)
     spoilt["model"]["head.bias"] += torch.tensor([1e4, 0.0, 0.0])

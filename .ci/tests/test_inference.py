@@ -237,9 +237,9 @@ def test_each_doubt_is_raised_by_what_it_is_for_alone(nb):
             (found_of(nb, torch.linspace(-1.7, 1.7, 8), torch.ones(8, 40)), "log Z differs by sd 1.19"),
             (found_of(nb, level[:4], values[:4]), "4 runs, fewer than 8"),
             (found_of(nb, torch.tensor([2.0] + 7 * [0.0]), torch.ones(8, 40)), "the runs' weights are worth 3.4 of 8"),
-            (found_of(nb, level, values, line=(torch.arange(40) // 20).expand(8, 40)), "16 lineages"),
-            (found_of(nb, level, stuck), "effective draws by log p"),
-            (found_of(nb, level, values, stuck[:, :, None, None]), "effective draws by pixels")):
+            (found_of(nb, level, values, line=(torch.arange(40) // 20).expand(8, 40)), "16 effective draws"),
+            (found_of(nb, level, stuck), "7 effective draws"),
+            (found_of(nb, level, values, stuck[:, :, None, None]), "7 effective draws")):
         doubts = nb.doubts_about(changed)
         assert len(doubts) == 1 and expected in doubts[0], (expected, doubts)
 
@@ -252,7 +252,7 @@ def test_a_mode_that_some_runs_miss_is_refused(nb):
     everywhere[:, ::2, :2], everywhere[:, 1::2, 2:] = 255, 255
     some[:4, :, :2], some[4:, :, 2:] = 255, 255
     assert nb.doubts_about(found_of(nb, torch.zeros(8), values, everywhere)) == []
-    assert "effective draws by pixels" in str(nb.doubts_about(found_of(nb, torch.zeros(8), values, some)))
+    assert "effective draws" in str(nb.doubts_about(found_of(nb, torch.zeros(8), values, some)))
 
 
 def test_the_jackknife_of_a_plain_mean_is_its_standard_error(nb):
@@ -332,7 +332,7 @@ def test_a_budget_is_spent_only_where_it_may_help(nb, tiny, evidence, monkeypatc
     (one, sd, _), (all_four, _, lineages) = rounds(), rounds(MIN_RUNS=9)
     assert one == 1 and all_four == 4  # it passes at once; what more rounds may cure or not, as nine runs, is tried
     assert rounds(MIN_RUNS=9, MAX_SD=0.49 * sd)[0] == 1 < rounds(16, MIN_RUNS=9, MAX_SD=0.49 * sd)[0]
-    assert rounds(MIN_LINEAGES=4 * lineages)[0] < 4
+    assert rounds(MIN_EFFECTIVE=4 * lineages)[0] < 4
 
 
 def test_runs_that_disagree_are_not_converged_and_have_no_error_bar(nb, tiny, evidence, monkeypatch):

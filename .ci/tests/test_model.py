@@ -175,6 +175,10 @@ def test_sample_stops_where_it_is_told(nb, tiny):
     full, part = nb.sample(tiny, 40, seed=2), nb.sample(tiny, 40, seed=2, stop=(1, 1))
     assert torch.equal(full.flatten(1)[:, :4], part.flatten(1)[:, :4])
     assert (part.flatten(1)[:, 4:] == 0).all()
+    column = (torch.arange(3)[:, None].expand(3, 3) < 1).T  # the left one is known; not contiguous
+    twos = torch.full((3, 3), 2, dtype=torch.uint8)
+    part = nb.sample(tiny, 1, image=twos, known=column, stop=(1, 1))
+    assert (part[0, 1:] == 2).all()
 
 
 def test_sample_follows_the_model(nb, tiny, table):

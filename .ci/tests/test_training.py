@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from definitions import train_until
 from test_data import Payload
 
 
@@ -36,7 +37,7 @@ def test_training_learns(nb, trained):
 @pytest.mark.parametrize("stop", [1, 10, 37])
 def test_an_interrupted_run_ends_with_the_same_weights(nb, config, images, trained, tmp_path, stop):
     path = tmp_path / "model.pt"
-    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=stop)
+    train_until(nb, stop, config, images, images[:20], path=path, device="cpu")
     assert not path.exists()
     resumed, _ = nb.train(config, images, images[:20], path=path, device="cpu")
     assert same(resumed, nb.load_checkpoint(trained, "cpu"))
@@ -46,7 +47,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(nb, config, images, train
 
 def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
     path = tmp_path / "model.pt"
-    nb.train(config, images, images[:20], path=path, device="cpu", stop_after=2)
+    train_until(nb, 2, config, images, images[:20], path=path, device="cpu")
     with pytest.raises(ValueError, match="another config"):
         nb.train(replace(config, channels=12), images, images[:20], path=path, device="cpu")
 

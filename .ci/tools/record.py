@@ -52,7 +52,7 @@ def recipe(nb, stage, tiny):
     return config
 
 
-def report(model, history):
+def report(history):
     last = history[-1]
     print(f"{last['images']:>9,} images  {last['seconds'] / 60:6.1f} min  train {last['train_bits']:.4f}  "
           f"validation {last['validation_bits']:.4f} bits/dim", flush=True)
@@ -169,7 +169,7 @@ def work(rank, world, stage, options):
             path, score = other / path.name, lambda model, images: torch.zeros(1)
         dist.barrier()  # the state was copied before anybody writes it
     model, history = nb.train(config, images, validation, path=path, device=device.type, loss=loss, score=score,
-                              report=report if rank == 0 else lambda *_: None, compiled=not options.tiny, **extra)
+                              report=report if rank == 0 else lambda history: None, compiled=not options.tiny, **extra)
     if rank == 0 and config != whole:  # the end of the whole recipe
         model.config = whole
         nb.save_checkpoint(model, history, path)

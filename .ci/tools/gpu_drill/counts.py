@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cudasim
 import graphs
 import torch
-from definitions import ROOT, definitions
+from definitions import ROOT, definitions, train_until
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
@@ -66,8 +66,8 @@ config, few = nb.Config(), nb.load_mnist(ROOT / "data")[0][:4]
 def training(steps):
     """So many steps of one image each: launches do not depend on the batch."""
     with tempfile.TemporaryDirectory() as folder:
-        nb.train(replace(config, batch_size=1), few, few, path=Path(folder) / "small.pt", device="cuda", resume=False,
-                 save_seconds=math.inf, stop_after=steps)
+        train_until(nb, steps, replace(config, batch_size=1), few, few, path=Path(folder) / "small.pt", device="cuda",
+                    save_seconds=math.inf)
 
 
 once = [(b - a) / 2 for a, b in zip(counted(lambda: training(1)), counted(lambda: training(3)))]
@@ -80,9 +80,9 @@ line("training the model", *(round(steps * x) for x in once), 3 * one_pass * con
 def guide_training(steps):
     """The same for the guide's network."""
     with tempfile.TemporaryDirectory() as folder:
-        nb.train(replace(guide.network.config, batch_size=1), few, few, path=Path(folder) / "guide.pt", device="cuda",
-                 resume=False, save_seconds=math.inf, stop_after=steps, network=nb.GuideNetwork,
-                 loss=partial(nb.guide_loss, model), score=partial(nb.guide_bits, model))
+        train_until(nb, steps, replace(guide.network.config, batch_size=1), few, few, path=Path(folder) / "guide.pt",
+                    device="cuda", save_seconds=math.inf, network=nb.GuideNetwork, loss=partial(nb.guide_loss, model),
+                    score=partial(nb.guide_bits, model))
 
 
 network, everything = nb.GuideNetwork(guide.network.config), torch.ones(1, 28, 28, dtype=torch.bool)

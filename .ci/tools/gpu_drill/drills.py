@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cudasim
 import graphs
 import torch
-from definitions import definitions
+from definitions import definitions, train_until
 from faults import Infinite, broken_compile
 
 BF16 = "--bf16" in sys.argv
@@ -184,7 +184,7 @@ def replayed():
     before = sim.ops.total()
     runs(guide, KNOWN)
     again = sim.ops.total() - before
-    guide.fast[1].forget()
+    guide.fast[1].graphs.clear()
     runs(guide, KNOWN)
     assert sim.ops.total() - before > 2.5 * again, "a graph is made anew for each call"
 
@@ -216,7 +216,7 @@ def stopped_and_resumed(first, then):
         path = Path(folder) / "model.pt"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=first, stop_after=13)
+            train_until(nb, 13, CONFIG, IMAGES, IMAGES[:20], path=path, device=first)
             model, history = nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=then)
             assert history[-1]["images"] == 640
             whole, _ = nb.train(CONFIG, IMAGES, IMAGES[:20], path=Path(folder) / "whole.pt", device=then)
@@ -237,12 +237,12 @@ def overflow(where):
         for planted in (True, False):
             path = Path(folder) / f"{planted}.pt"
             if not planted:  # stop before step 7, and go on after it
-                nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda", stop_after=7)
+                train_until(nb, 7, CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda")
                 state = torch.load(path.with_suffix(".state"), weights_only=True)
                 _, *rest = state["progress"]
                 torch.save({**state, "progress": (8, *rest)}, path.with_suffix(".state"))
-            nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda", stop_after=12,
-                     loss=loss if planted else nb.training_loss)
+            train_until(nb, 12, CONFIG, IMAGES, IMAGES[:20], path=path, device="cuda",
+                        loss=loss if planted else None)
             saved.append(torch.load(path.with_suffix(".state"), weights_only=True))
     for part in ("model", "averaged"):
         for one, other in zip(*(state[part].values() for state in saved)):
