@@ -252,7 +252,10 @@ def test_a_mode_that_some_runs_miss_is_refused(nb):
     everywhere[:, ::2, :2], everywhere[:, 1::2, 2:] = 255, 255
     some[:4, :, :2], some[4:, :, 2:] = 255, 255
     assert nb.doubts_about(found_of(nb, torch.zeros(8), values, everywhere)) == []
-    assert "effective draws" in str(nb.doubts_about(found_of(nb, torch.zeros(8), values, some)))
+    found = found_of(nb, torch.zeros(8), values, some)
+    assert found.worth(found.draws.flatten(2)) < nb.MIN_EFFECTIVE <= min(found.worth(found.log_p), found.lineages)
+    (doubt,) = nb.doubts_about(found)
+    assert "effective draws" in doubt
 
 
 def test_the_jackknife_of_a_plain_mean_is_its_standard_error(nb):
