@@ -32,8 +32,12 @@ def loading(root):
 
 
 def test_the_script_of_the_readme_runs(root, folder):
-    said = run(loading(root), folder)
-    assert "exact" in said and "torch.Size([4, 28, 28])" in said and "tensor([-" in said
+    """With two runs of eight particles, which are too few for an answer."""
+    program = loading(root)
+    small = program.replace("guide=guide)", "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=1))")
+    assert small != program
+    said = run(small, folder)
+    assert "not converged" in said and "torch.Size([4, 28, 28])" in said and "tensor([-" in said
 
 
 def test_the_program_for_other_data_runs_in_small(root, cells, folder):

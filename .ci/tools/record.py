@@ -199,23 +199,27 @@ def trained(stage, options, end):
 
 @torch.no_grad()
 def gain(options):
-    """What the released guide and each leg gain over the model alone, in nats: log g of the hidden top half of 160
-    draws of the model; and by how much that is more than the one before, paired."""
+    """What the released guide and each leg gain over the model alone, in nats: log g of the hidden pixels of 160 draws
+    of the model, top half, left half or centre; and by how much that is more than the one before, paired."""
     nb, folder = definitions(), Path(options.folder)
     model = nb.load_checkpoint(folder / NAMES["more"])
-    images = nb.sample(model, 4 if options.tiny else 160, seed=97)
-    known = (torch.arange(28)[:, None].expand(images.shape) >= 14).to(images.device)
-    alone, before = nb.pixel_log_probs(model, images).masked_fill(known, 0).sum(dim=(1, 2)), None
+    images, before = nb.sample(model, 4 if options.tiny else 160, seed=97), {}
+    alone = nb.pixel_log_probs(model, images)
+    row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
+    centre = (row >= 10) & (row < 18) & (column >= 10) & (column < 18)
     for leg in range(1, 11):
         path = guide_before(leg, folder)
         if not path.exists():
             break
         guide = nb.Guide(model, nb.load_checkpoint(path, network=nb.GuideNetwork))
-        gained = nb.guide_pixel_log_probs(guide, images, known).sum(dim=(1, 2)) - alone
-        for what, x in (("gains", gained), ("more than before", gained - (gained if before is None else before))):
-            mean, stderr = nb.mean_and_error(x)
-            print(f"{path.name}: {what} {mean:.2f} ± {stderr:.2f} nats", flush=True)
-        before = gained
+        for name, hidden in (("top", row < 14), ("left", column < 14), ("centre", centre)):
+            known = ~hidden.expand(images.shape).to(images.device)
+            log_g = nb.guide_pixel_log_probs(guide, images, known)
+            gained = (log_g - alone).masked_fill(known, 0).sum(dim=(1, 2))
+            for what, x in (("gains", gained), ("more than before", gained - before.get(name, gained))):
+                mean, stderr = nb.mean_and_error(x)
+                print(f"{path.name}, {name}: {what} {mean:.2f} ± {stderr:.2f} nats", flush=True)
+            before[name] = gained
 
 
 def score(options):
