@@ -138,7 +138,7 @@ def test_every_marked_number_is_in_the_results(root, cells, where):
 
 def test_the_released_model_beats_its_bar(root):
     results = json.loads((root / "figures" / "results.json").read_text())
-    assert results["test_bits_per_dim"]["value"] < 0.70
+    assert results["test_bits_per_dim"]["value"] <= 0.66
     assert results["test_bits_per_dim"]["n"] == 10_000
     assert results["parameters"]["value"] <= 852_160
 

@@ -72,7 +72,7 @@ def test_load_or_train_loads_what_matches_and_trains_what_does_not(nb, config, i
     recipe = replace(config, images_seen=160)
     model, _ = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu")
     assert same(model, loaded) and model.config == config  # the weights stay; what made them is said
-    assert "another recipe: {'images_seen': 640}" in capsys.readouterr().out
+    assert "another recipe:\n{'images_seen': 640}" in capsys.readouterr().out
     model, history = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu", anew=True)
     assert history[-1]["images"] == 160 and model.config == recipe
     for other in (dict(channels=12), dict(dilations=(2, 1)), dict(first_mask="B")):
