@@ -199,11 +199,11 @@ def trained(stage, options, end):
 
 @torch.no_grad()
 def gain(options):
-    """What the released guide and each leg gain over the model alone, in nats: log g of the hidden pixels of 160 draws
+    """What the released guide and each leg gain over the model alone, in nats: log g of the hidden pixels of 640 draws
     of the model, top half, left half or centre; and by how much that is more than the one before, paired."""
     nb, folder = definitions(), Path(options.folder)
     model = nb.load_checkpoint(folder / NAMES["more"])
-    images, before = nb.sample(model, 4 if options.tiny else 160, seed=97), {}
+    images, before = nb.sample(model, 4 if options.tiny else 640, seed=97), {}
     alone = nb.pixel_log_probs(model, images)
     row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
     centre = (row >= 10) & (row < 18) & (column >= 10) & (column < 18)
