@@ -205,15 +205,15 @@ def gain(options):
     model = nb.load_checkpoint(folder / NAMES["more"])
     images, before = nb.sample(model, 4 if options.tiny else 640, seed=97), {}
     alone = nb.pixel_log_probs(model, images)
-    row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
-    centre = (row >= 10) & (row < 18) & (column >= 10) & (column < 18)
+    masks = torch.ones(3, 28, 28, dtype=torch.bool)  # True: known
+    masks[0, :14] = masks[1, :, :14] = masks[2, 10:18, 10:18] = False
     for leg in range(1, 11):
         path = guide_before(leg, folder)
         if not path.exists():
             break
         guide = nb.Guide(model, nb.load_checkpoint(path, network=nb.GuideNetwork))
-        for name, hidden in (("top", row < 14), ("left", column < 14), ("centre", centre)):
-            known = ~hidden.expand(images.shape).to(images.device)
+        for name, known in zip(("top", "left", "centre"), masks.to(images.device)):
+            known = known.expand(images.shape)
             log_g = nb.guide_pixel_log_probs(guide, images, known)
             gained = (log_g - alone).masked_fill(known, 0).sum(dim=(1, 2))
             for what, x in (("gains", gained), ("more than before", gained - before.get(name, gained))):
