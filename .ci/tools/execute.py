@@ -1,15 +1,21 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
-usage: python .ci/tools/execute.py [--fast] [--prove] [--in FOLDER] [--timeout SECONDS]
+usage: python .ci/tools/execute.py [--fast] [--prove] [--publish] [--in FOLDER] [--timeout SECONDS]
 FOLDER (default: here) holds PixelCNN.ipynb; it gets the outputs, with the settings as they were, after every section.
+--publish: the released run. With PROVE, from an empty run/; when it has ended, its pictures and results replace those of
+figures/, and the picture of the first screen is drawn anew (hero.py).
 """
 import argparse
+import copy
 import re
+import shutil
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+TOOLS = Path(__file__).resolve().parent
 
 
 class Telling(NotebookClient):
@@ -40,26 +46,46 @@ def switch_on(notebook, *names):
     return settings, before
 
 
+def publish(made, figures, first_cell):
+    """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell."""
+    shutil.rmtree(figures, ignore_errors=True)
+    figures.mkdir()
+    for path in [*made.glob("*.png"), *made.glob("*.gif"), made / "results.json"]:
+        shutil.copy(path, figures)
+    hero = (made / "hero.txt").read_text()
+    first_cell.source, found = re.subn(r"base64,[A-Za-z0-9+/=]+", lambda _: f"base64,{hero}", first_cell.source)
+    assert found == 1, "the first cell has no picture"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="small networks and few images")
     parser.add_argument("--prove", action="store_true", help="with appendix B")
+    parser.add_argument("--publish", action="store_true", help="the released run")
     parser.add_argument("--in", dest="folder", default=".")
     parser.add_argument("--timeout", type=int, help="seconds that a cell may take")
     options = parser.parse_args()
-    path = Path(options.folder) / "PixelCNN.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    settings, before = switch_on(notebook, *["FAST"] * options.fast, *["PROVE"] * options.prove)
-    client = Telling(notebook, timeout=options.timeout, resources={"metadata": {"path": str(path.parent.resolve())}})
+    folder = Path(options.folder)
+    notebook = nbformat.read(folder / "PixelCNN.ipynb", as_version=4)
+    settings, before = switch_on(notebook, *["FAST"] * options.fast, *["PROVE"] * (options.prove or options.publish))
+    cells = notebook.cells
+    if options.publish:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        notebook.cells = [*cells, nbformat.v4.new_code_cell((TOOLS / "hero.py").read_text())]
+    client = Telling(notebook, timeout=options.timeout, resources={"metadata": {"path": str(folder.resolve())}})
 
     def keep():
+        kept = copy.copy(notebook)
+        kept.cells = cells
         changed, settings.source = settings.source, before
-        nbformat.write(notebook, path)
+        nbformat.write(kept, folder / "PixelCNN.ipynb")
         settings.source = changed
 
     client.begun, client.section, client.keep = time.monotonic(), "", keep
     try:
         client.execute()
+        if options.publish:
+            publish(folder / "run", folder / "figures", cells[0])
     finally:
         keep()
 
