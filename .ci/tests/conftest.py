@@ -1,4 +1,5 @@
-"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small config."""
+"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small config
+and images for it."""
 
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import settings
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from definitions import ROOT, definitions, notebook_cells
 
+NOTEBOOK = definitions()  # before a test imports torch, which then reads what the first cell sets for it
 settings.register_profile("repeatable", derandomize=True)  # the same examples in each run
 settings.load_profile("repeatable")
 
@@ -30,7 +32,7 @@ def cells():
 @pytest.fixture(scope="session")
 def nb():
     """The notebook's definitions as a module."""
-    return definitions()
+    return NOTEBOOK
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +64,10 @@ def config(nb):
     """Of a network that trains in a second, 5x4 pixels and 3 levels."""
     return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4,
                      images_seen=640, batch_size=16, validate_every=10)
+
+
+@pytest.fixture(scope="session")
+def images(nb):
+    """A hundred for that network; columns repeat, so that there is something to learn."""
+    generator = nb.torch.Generator().manual_seed(0)
+    return nb.torch.randint(0, 3, (100, 5, 1), generator=generator, dtype=nb.torch.uint8).repeat(1, 1, 4)

@@ -30,5 +30,5 @@ def guide_log_prob(nb, guide, images, known):
 
 def guide_draws(nb, guide, image, known, n, seed=0):
     """(n draws of g(x_U | x_K), uint8 [n, h, w]; their log weights log p - log g, float64 [n], nats)."""
-    draws, log_w = nb.smc(guide.told(image[None], known[None]), image[None], n, [seed], looks={}, copies=1)
-    return draws[0], log_w[0]
+    found = nb.smc(guide.told(image[None], known), image[None], n, [seed], looks={}, copies=1)
+    return found.draws[0], found.log_w[0]

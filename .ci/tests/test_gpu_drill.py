@@ -61,9 +61,8 @@ def test_a_gpu_that_is_not_there_is_one_clear_line(nb, monkeypatch):
     assert nb.pick_device("auto").type == "cpu"
 
 
-def test_compiling_that_fails_is_one_warning(nb, config, tmp_path, monkeypatch):
+def test_compiling_that_fails_is_one_warning(nb, config, images, tmp_path, monkeypatch):
     config = replace(config, dilations=(1,), images_seen=32)
-    images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     eager, _ = nb.train(config, images, images[:20], path=tmp_path / "eager.pt", device="cpu")
     monkeypatch.setattr(torch, "compile", broken_compile)
     with pytest.warns(UserWarning, match=r"torch.compile failed \(RuntimeError\)") as said:
@@ -72,10 +71,9 @@ def test_compiling_that_fails_is_one_warning(nb, config, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), eager.parameters()))
 
 
-def test_a_compiled_loss_that_is_another_is_one_warning(nb, config, tmp_path, monkeypatch):
+def test_a_compiled_loss_that_is_another_is_one_warning(nb, config, images, tmp_path, monkeypatch):
     """More than 1 % off: trained as if not compiled. (The control: 0.1 % off is rounding, and goes on compiled.)"""
     config = replace(config, dilations=(1,), images_seen=32)
-    images = torch.randint(0, 3, (40, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def trained(factor):
         monkeypatch.setattr(torch, "compile", lambda loss: lambda *inputs: loss(*inputs) * factor)
@@ -88,12 +86,11 @@ def test_a_compiled_loss_that_is_another_is_one_warning(nb, config, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_guides_whole_loss_compiles(nb, config):
+def test_the_guides_whole_loss_compiles(nb, config, images):
     """Encoder, h and the model that it multiplies, with gradients, and no warning; masks stay on the host."""
     model = nb.PixelCNN(config).eval().requires_grad_(False)
     network = nb.GuideNetwork.starting_from(model, (1,)).train().requires_grad_(True)
-    images = torch.randint(0, 3, (8, 5, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    loss = partial(nb.guide_loss, model)
+    images, loss = images[:8], partial(nb.guide_loss, model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         compiled = nb.compile_or_warn(loss, network, images, torch.float32)
@@ -113,10 +110,9 @@ def test_a_state_written_without_a_scaler_goes_on_with_one_and_back(nb, config, 
         assert scaled["scaler"].get_scale() == 8.0
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_where_no_scale_is_to_blame(nb, config, tmp_path):
+def test_a_gradient_that_is_no_number_stops_the_run_where_no_scale_is_to_blame(nb, config, images, tmp_path):
     def loss(model, batch, step):
         return nb.training_loss(model, batch, step) + Infinite.apply(model.head.weight)
 
-    images = torch.zeros(16, 5, 4, dtype=torch.uint8)
     with pytest.raises(FloatingPointError, match="gradient norm is (inf|nan) at step 0"):
         nb.train(config, images, images, path=tmp_path / "model.pt", device="cpu", loss=loss)

@@ -14,10 +14,10 @@ from one_pixel import one_pixel_check
 @pytest.fixture(scope="module")
 def guide(nb, tiny):
     """Its hints are strong, and they reach every block."""
-    guide = meaningless_guide(nb, tiny, 3, 0.15, [0.7, 0.6])
-    for block in guide.network.blocks:
+    network = meaningless_guide(nb, tiny, 3, 0.15, [0.7, 0.6]).network
+    for block in network.blocks:
         block.told.weight.add_(0.15 * torch.randn_like(block.told.weight))
-    return guide
+    return nb.Guide(tiny, network)  # its fast networks have the weights as they are now
 
 
 MASKS = [(0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7)]
@@ -34,16 +34,16 @@ def test_it_is_a_distribution_given_the_evidence(nb, guide, table, evidence, unk
     """It sums to 1 over the completions (so no factor sees a later unknown pixel), and unknown levels are not read."""
     known = known_mask(*unknown)
     support = nb.exact_posterior(*table, evidence[1], known)[0]
-    told = guide.told(evidence[1][None], known[None])
+    told = guide.told(evidence[1][None], known)
     log_probs = guide_log_prob(nb, guide, support, known)
     assert abs(log_probs.exp().sum().item() - 1) < 1e-12
     draws, log_w = guide_draws(nb, guide, evidence[1], known, 50, seed=1)
     rows = [(support == draw).flatten(1).all(1).nonzero().item() for draw in draws]
     assert (log_w - nb.log_prob(guide.model, draws) + log_probs[rows]).abs().max() < 1e-12
     other = torch.where(known, evidence[1], 2 - evidence[1])
-    assert (guide.told(other[None], known[None]).hint == told.hint).all()
+    assert (guide.told(other[None], known).hint == told.hint).all()
     changed = torch.where(known, (evidence[1] + 1) % 3, evidence[1])
-    assert (guide.told(changed[None], known[None]).hint != told.hint).any()
+    assert (guide.told(changed[None], known).hint != told.hint).any()
 
 
 @pytest.mark.parametrize("unknown", MASKS)
@@ -83,15 +83,18 @@ def test_the_place_of_the_truth_is_uniform_among_draws_of_the_posterior_alone(nb
             assert (nb.distance_to_uniform(places) < 2.2 / 2000**0.5) == (name == "posterior")
 
 
-def test_each_image_of_a_batch_has_its_own_evidence(guide, evidence):
-    masks = torch.stack([known_mask(*unknown) for unknown in MASKS])
-    told = guide.told(evidence[:4], masks)
-    together = told.logits(evidence[:4])
+def test_each_image_has_its_own_evidence(guide, evidence):
+    """Images with a mask each, with one mask for all, alone: within 1e-12, by the fast networks; so the plain ones."""
+    masks, images = torch.stack([known_mask(*unknown) for unknown in MASKS]), evidence[:4]
+    told = guide.told(images, masks)
+    together = told.logits(images)
+    plain = guide.network(images, guide.network.hint(images, masks))
+    assert (together - guide.combine(guide.model(images), plain)).abs().max() < 1e-12
     for b in range(4):
-        alone = guide.told(evidence[b : b + 1], masks[b : b + 1]).logits(evidence[b : b + 1])[0]
-        assert (together[b] - alone).abs().max() < 1e-12
+        alone, same = guide.told(images[b : b + 1], masks[b]).logits(images[b : b + 1]), guide.told(images, masks[b])
+        assert (together[b] - alone).abs().max() < 1e-12 and (together[b] - same.logits(images)[b]).abs().max() < 1e-12
     chosen = torch.tensor([3, 1])
-    assert (told[chosen].logits(evidence[chosen]) - together[chosen]).abs().max() < 1e-12
+    assert (told[chosen].logits(images[chosen]) - together[chosen]).abs().max() < 1e-12
 
 
 def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
@@ -102,6 +105,17 @@ def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
         assert (masks == nb.random_masks(500, config, 7)).all() and (masks != nb.random_masks(500, config, 8)).any()
     share = nb.random_masks(2000, nb.Config(), 0).double().mean(0)  # each pixel is known now and then, and unknown
     assert share.min() > 0.19 and share.max() < 0.9
+
+
+def test_fresh_batches_are_draws_each_seen_in_one_step(nb, config):
+    """A function of the step, in whatever order it is asked; the draws are those of `sample`, portion by portion."""
+    torch.manual_seed(0)
+    model = nb.PixelCNN(config).eval()  # nearly uniform: no image comes twice
+    batch_of, again = (nb.fresh_batches(model, config, steps=3) for _ in range(2))
+    batches = [batch_of(step) for step in range(7)]
+    assert len(torch.cat(batches).unique(dim=0)) == 7 * config.batch_size
+    assert all(torch.equal(again(step), batches[step]) for step in (5, 0, 6, 4))
+    assert torch.equal(torch.cat(batches[3:6]), nb.sample(model, 3 * config.batch_size, seed=10**6 + 1))
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
@@ -138,7 +152,7 @@ def test_one_hidden_pixel_at_full_size(nb, root, mnist):
     model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
     guide = released_guide(nb, root, model)
     exact, completion, distance = one_pixel_check(nb, model, mnist[2][3], (14, 14), nb.Budget(32), guide=guide)
-    _, stderr = completion.diagnostics["found"].log_evidence()
+    _, stderr = completion.found.log_evidence()
     assert completion.status == "converged"
     assert abs(completion.log_evidence - exact) < max(0.05, t_bound(8) * stderr)
     assert distance < 0.15

@@ -2,7 +2,9 @@
 
 import math
 import pickle
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,16 +13,29 @@ from test_data import Payload
 
 
 @pytest.fixture(scope="module")
-def images():
-    generator = torch.Generator().manual_seed(0)
-    # Columns repeat, so that there is something to learn.
-    return torch.randint(0, 3, (100, 5, 1), generator=generator, dtype=torch.uint8).repeat(1, 1, 4)
+def stages(config):
+    return config, replace(config, images_seen=320, seed=1)
+
+
+@pytest.fixture(scope="module")
+def training(nb, images):
+    """load_or_train on the CPU, its state saved at every step."""
+    return partial(nb.load_or_train, images=images, validation=images[:20], device="cpu", save_seconds=0)
 
 
 @pytest.fixture(scope="module")
 def trained(nb, config, images, tmp_path_factory):
+    """A checkpoint of the first stage."""
     path = tmp_path_factory.mktemp("trained") / "model.pt"
     nb.train(config, images, images[:20], path=path, device="cpu")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(stages, training, tmp_path_factory):
+    """A checkpoint of both, never interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "model.pt"
+    training(stages, path=path, anew=True)
     return path
 
 
@@ -28,21 +43,44 @@ def same(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_training_learns(nb, trained):
-    history = nb.load_checkpoint(trained, "cpu").history
-    assert history[-1]["validation_bits"] < 0.9 * math.log2(3) < history[0]["validation_bits"]
-    assert history[-1]["images"] == 640
+def seen(history):
+    return [entry["images"] for entry in history]
 
 
-@pytest.mark.parametrize("stop", [1, 10, 37])
-def test_an_interrupted_run_ends_with_the_same_weights(nb, config, images, trained, tmp_path, stop):
-    path = tmp_path / "model.pt"
-    train_until(nb, stop, config, images, images[:20], path=path, device="cpu")
-    assert not path.exists()
-    resumed, _ = nb.train(config, images, images[:20], path=path, device="cpu")
-    assert same(resumed, nb.load_checkpoint(trained, "cpu"))
-    fresh, _ = nb.train(replace(config, seed=1), images, images[:20], path=tmp_path / "other.pt", device="cpu")
-    assert not same(resumed, fresh)  # negative control: the comparison can fail
+def test_training_learns_in_both_stages(nb, stages, trained, whole):
+    """The second goes on from the weights and with the history of the first."""
+    first, both = (nb.load_checkpoint(path, "cpu") for path in (trained, whole))
+    bits = [entry["validation_bits"] for entry in both.history]
+    assert bits[3] < 0.9 * math.log2(3) < bits[0] and bits[-1] < bits[3] == first.history[-1]["validation_bits"]
+    assert (first.config, both.config) == stages and not same(first, both)
+    assert seen(first.history) == seen(both.history)[:4] and seen(both.history) == [*range(160, 961, 160)]
+    seconds = [entry["seconds"] for entry in both.history]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("killed, calls", [("batch_at", 1), ("batch_at", 10), ("batch_at", 40), ("batch_at", 47),
+                                           ("write_sum", 0), ("write_sum", 1)])
+def test_killed_anywhere_it_ends_with_the_same_weights(
+        nb, stages, training, trained, whole, tmp_path, monkeypatch, killed, calls):
+    """In the first stage's 40 steps, at the seam, in the second; between either's file and its SHA-256. The control:
+    the first stage's weights are others."""
+    path, real, left = tmp_path / "model.pt", getattr(nb, killed), iter(range(calls))
+
+    def kill(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nb, killed, kill)
+        training(stages, path=path, anew=True)
+    at_the_seam = killed == "batch_at" and calls == 40
+    assert path.exists() == (killed == "write_sum" or calls >= 40)
+    assert path.with_suffix(".state").exists() != at_the_seam
+    model, history = training(stages, path=path, anew=True)
+    assert model.config == stages[-1] and model.history == history and seen(history) == [*range(160, 961, 160)]
+    assert same(model, nb.load_checkpoint(whole, "cpu")) and same(model, nb.load_checkpoint(path, "cpu"))
+    assert not same(model, nb.load_checkpoint(trained, "cpu")) and not path.with_suffix(".state").exists()
 
 
 def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
@@ -52,44 +90,76 @@ def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
         nb.train(replace(config, channels=12), images, images[:20], path=path, device="cpu")
 
 
-def test_training_goes_on_from_weights_alone(nb, config, images, trained, tmp_path):
-    start = nb.load_checkpoint(trained, "cpu")
-    more, history = nb.train(replace(config, images_seen=160), images, images[:20], path=tmp_path / "more.pt",
-                             device="cpu", initial=start)
-    assert history[:-1] == start.history and history[-1]["images"] == 640 + 160
-    assert history[-1]["seconds"] > start.history[-1]["seconds"]
-    bits = [nb.bits_per_dim(m, images).mean() for m in (start, more)]
-    assert bits[1] < 1.05 * bits[0]
+def test_a_file_is_loaded_whatever_its_recipe_but_not_as_another_network(nb, stages, training, whole, capsys):
+    wanted, before = nb.load_checkpoint(whole, "cpu"), whole.read_bytes()
+    for recipe, said in ((stages, ""), ([replace(stages[1], seed=2, decay=0.5)],
+                                        "model.pt was trained by another recipe:\n{'decay': 0.25, 'seed': 1}\n")):
+        model, history = training(recipe, path=whole)
+        assert same(model, wanted) and model.config == stages[-1] and history == wanted.history
+        assert capsys.readouterr().out == said
+    for field, value in (("channels", 12), ("dilations", (2, 1)), ("first_mask", "B"), ("encoder", (1,))):
+        for anew in (False, True):
+            expected = rf"model.pt: expected the network of .*{field}={re.escape(repr(value))}"
+            with pytest.raises(ValueError, match=expected):
+                training([replace(stages[1], **{field: value})], path=whole, anew=anew)
+    assert whole.read_bytes() == before
 
 
-def test_load_or_train_loads_what_matches_and_trains_what_does_not(nb, config, images, trained, tmp_path, capsys):
-    loaded, history = nb.load_or_train(config, images, images[:20], path=trained, device="cpu")
-    assert same(loaded, nb.load_checkpoint(trained, "cpu")) and history[-1]["images"] == 640
-    path = tmp_path / "model.pt"
-    path.write_bytes(trained.read_bytes())
-    (tmp_path / "SHA256SUMS").write_bytes(trained.with_name("SHA256SUMS").read_bytes())
-    assert "another" not in capsys.readouterr().out
-    recipe = replace(config, images_seen=160)
-    model, _ = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu")
-    assert same(model, loaded) and model.config == config  # the weights stay; what made them is said
-    assert "another recipe:\n{'images_seen': 640}" in capsys.readouterr().out
-    model, history = nb.load_or_train(recipe, images, images[:20], path=path, device="cpu", anew=True)
-    assert history[-1]["images"] == 160 and model.config == recipe
-    for other in (dict(channels=12), dict(dilations=(2, 1)), dict(first_mask="B")):
-        model, _ = nb.load_or_train(replace(recipe, **other), images, images[:20], path=path, device="cpu")
-        assert model.config == replace(recipe, **other)
-        assert "another network" in capsys.readouterr().out
+def test_a_missing_file_is_trained_by_the_short_recipe(nb, stages, training, trained, whole, tmp_path, capsys):
+    """Without one by the first stage; `anew` begins from scratch, whatever is there."""
+    short, path = replace(stages[0], images_seen=160), tmp_path / "model.pt"
+    model, history = training(stages, path=path, short=short)
+    assert model.config == short and seen(history) == [160]
+    capsys.readouterr()
+    assert same(training(stages, path=path, short=short)[0], model)
+    assert "another recipe:\n{'images_seen': 160, 'seed': 0}" in capsys.readouterr().out
+    for _ in range(2):
+        assert same(training(stages, path=path, short=short, anew=True)[0], nb.load_checkpoint(whole, "cpu"))
+    assert same(training(stages, path=tmp_path / "other.pt")[0], nb.load_checkpoint(trained, "cpu"))
+
+
+def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, config):
+    images, steps = torch.arange(100), range(12)
+    batches = torch.stack([nb.batch_at(images, config, step) for step in steps])
+    first, second = batches.view(2, 96)
+    assert len(first.unique()) == len(second.unique()) == 96 and not torch.equal(first, second)
+    assert all(torch.equal(nb.batch_at(images, config, step), batches[step]) for step in (11, 0, 5))
+    assert not torch.equal(nb.batch_at(images, replace(config, seed=1), 0), batches[0])
+
+
+def test_fewer_images_than_a_batch_are_refused(nb, config, images, tmp_path):
+    with pytest.raises(ValueError, match="images: expected at least one batch of .*, got 3"):
+        nb.train(config, images[:3], images[:3], path=tmp_path / "model.pt", device="cpu")
+
+
+def test_fresh_batches_are_a_function_of_the_step_and_show_no_image_twice(nb, config, monkeypatch):
+    """Of 3^20 images the model draws any 160 as different ones; in any order of steps, portion by portion."""
+    torch.manual_seed(0)
+    model, portions, real = nb.PixelCNN(config).eval(), [], nb.sample
+    monkeypatch.setattr(nb, "sample", lambda *a, **named: portions.append(named["seed"]) or real(*a, **named))
+    batch_of, again = (nb.fresh_batches(model, config, steps=3) for _ in range(2))
+    batches = torch.stack([batch_of(step) for step in range(10)])
+    assert batches.shape == (10, 16, 5, 4) and len(batches.flatten(0, 1).unique(dim=0)) == 160
+    assert len(portions) == len(set(portions)) == 4
+    assert all(torch.equal(again(step), batches[step]) for step in (9, 0, 4, 4, 2))
+
+
+def test_training_on_fresh_batches_resumes_exactly(nb, config, images, tmp_path):
+    """Stopped within a portion. The control: other batches give other weights."""
+    torch.manual_seed(0)
+    model, path = nb.PixelCNN(config).eval(), tmp_path / "model.pt"
+    train = partial(nb.train, config, validation=images[:20], device="cpu")
+    batches = nb.fresh_batches(model, config)
+    train_until(nb, 13, config, batches, images[:20], path=path, device="cpu")
+    resumed = train(nb.fresh_batches(model, config), path=path)[0]
+    assert same(resumed, train(batches, path=tmp_path / "whole.pt")[0])
+    assert not same(resumed, train(lambda step: batches(step + 1), path=tmp_path / "other.pt")[0])
 
 
 def test_devices(nb):
     assert nb.pick_device("cpu").type == "cpu" and nb.pick_device().type in ("cpu", "cuda")
     with pytest.raises(ValueError, match="mps.*float64"):
         nb.pick_device("mps")
-
-
-def test_fewer_images_than_a_batch_are_refused(nb, config, images, tmp_path):
-    with pytest.raises(ValueError, match="images: expected at least one batch of .*, got 3"):
-        nb.train(config, images[:3], images[:3], path=tmp_path / "model.pt", device="cpu")
 
 
 def test_training_stops_when_the_loss_is_no_longer_a_number(nb, config, images, tmp_path):
@@ -99,27 +169,20 @@ def test_training_stops_when_the_loss_is_no_longer_a_number(nb, config, images, 
     assert not (tmp_path / "m.pt").exists()
 
 
-def broken(path, tmp_path, change):
-    copy = tmp_path / "model.pt"
-    copy.write_bytes(change(bytearray(path.read_bytes())))
-    (tmp_path / "SHA256SUMS").write_bytes(path.with_name("SHA256SUMS").read_bytes())
-    return copy
-
-
-@pytest.mark.parametrize("change", [lambda b: b[:-100], lambda b: b[:1000] + bytes([b[1000] ^ 1]) + b[1001:],
-                                    lambda b: b""])
-def test_damaged_checkpoints_are_refused(nb, trained, tmp_path, change):
-    with pytest.raises(ValueError, match="model.pt: SHA-256"):
-        nb.load_checkpoint(broken(trained, tmp_path, change), "cpu")
-
-
-def rewritten(nb, trained, tmp_path, edit):
-    saved = torch.load(trained, weights_only=True)
-    edit(saved)
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b"not a checkpoint", lambda b: b[:-100], lambda b: b[:1000] + b[1001:],
+    lambda b: b[:1000] + b"inserted" + b[1000:], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:]])
+def test_damaged_checkpoints_are_refused(nb, config, training, trained, tmp_path, damage):
+    """By their SHA-256, also where they would be trained; were that right, by what is in them."""
     path = tmp_path / "model.pt"
-    torch.save(saved, path)
-    (tmp_path / "SHA256SUMS").write_text(f"{nb.sha256_of(path)}  model.pt\n")
-    return path
+    path.write_bytes(damage(trained.read_bytes()))
+    path.with_name("SHA256SUMS").write_bytes(trained.with_name("SHA256SUMS").read_bytes())
+    for anew in (False, True):
+        with pytest.raises(ValueError, match="model.pt: SHA-256"):
+            training([config], path=path, anew=anew)
+    nb.write_sum(path, nb.sha256_of(path))
+    with pytest.raises(ValueError, match="model.pt: expected config, weights and history"):
+        nb.load_checkpoint(path, "cpu")
 
 
 @pytest.mark.parametrize("edit, word", [
@@ -127,15 +190,19 @@ def rewritten(nb, trained, tmp_path, edit):
     (lambda s: s["weights"]["head.bias"].fill_(float("nan")), "finite"),
     (lambda s: s["config"].update(channels=12), "size mismatch"), (lambda s: s["config"].update(colour=1), "colour")])
 def test_wrong_checkpoints_are_refused_by_name(nb, trained, tmp_path, edit, word):
+    saved, path = torch.load(trained, weights_only=True), tmp_path / "model.pt"
+    edit(saved)
+    torch.save(saved, path)
+    nb.write_sum(path, nb.sha256_of(path))
     with pytest.raises(ValueError, match=f"(?s)model.pt: .*{word}"):
-        nb.load_checkpoint(rewritten(nb, trained, tmp_path, edit), "cpu")
+        nb.load_checkpoint(path, "cpu")
 
 
 def test_code_in_a_checkpoint_is_not_run(nb, tmp_path):
     path, mark = tmp_path / "model.pt", tmp_path / "mark"
     payload = Payload(open, str(mark), "w")
     torch.save(dict(config={}, weights={}, history=payload), path)
-    (tmp_path / "SHA256SUMS").write_text(f"{nb.sha256_of(path)}  model.pt\n")
+    nb.write_sum(path, nb.sha256_of(path))
     with pytest.raises(ValueError, match="model.pt"):
         nb.load_checkpoint(path, "cpu")
     assert not mark.exists()
@@ -144,9 +211,13 @@ def test_code_in_a_checkpoint_is_not_run(nb, tmp_path):
 
 
 def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
+    """Neither the model's outputs nor, whatever the hint, those of the guide's h see their own pixel or a later one."""
     sums = nb.read_sums(root / "checkpoints" / "SHA256SUMS")
     assert set(sums) == {p.name for p in (root / "checkpoints").glob("*.pt")}
     for name in sums:
         network = nb.GuideNetwork if "guide" in name else nb.PixelCNN
         model = nb.load_checkpoint(root / "checkpoints" / name, "cpu", network)
-        assert nb.leaked_difference(model, torch.randint(0, 256, (3, 28, 28))) == 0 or model.config.first_mask == "B"
+        if "guide" in name:
+            model.forward = partial(model.forward, hint=torch.randn(1, 2, 28, 128, dtype=torch.float64))
+        for image in torch.randint(0, 256, (3, 2, 28)):
+            assert (nb.largest_leak(nb.influence(model, image)) > 1e-9) == (model.config.first_mask == "B")

@@ -45,7 +45,7 @@ def outcomes(nb, budget, seed):
         for kind in ("model", "random", "misleading"):
             guide = guide_of(nb, model, kind, number)
             answer = nb.complete(model, image, known, 1, budget, seed + number, guide)
-            runs = answer.diagnostics["found"]
+            runs = answer.found
             off, error_z = abs(answer.log_evidence - log_evidence), runs.log_evidence()[1]
             means = runs.within(runs.draws[:, :, ~known])
             mean, spread = runs.over(means)

@@ -96,7 +96,7 @@ line("training the guide, not compiled", *(round(steps * x) for x in once), flop
 line("the same, arithmetic alone", 0, 0, flops * config.images_seen, 1)
 
 half = torch.arange(784).view(28, 28) >= 392
-told = guide.told(image[None].cuda(), half[None].cuda())
+told = guide.told(image[None].cuda(), half.cuda())
 # Launches hardly depend on the number of runs, and not on that of particles: eight runs of two are counted. Passes of
 # 128 particles: p and h draw 14 rows, the last two and two known ones fourfold, p reads twelve; four promises.
 eight = torch.zeros(8, dtype=torch.long)
