@@ -44,8 +44,6 @@ def in_a_process(function, *arguments):
     return process
 
 
-# Kills and full disks ---------------------------------------------------------------------------
-
 def test_training_killed_at_random_moments_ends_as_if_never_stopped(nb, config, images, tmp_path):
     """Both stages, 20 SIGKILLs; the state is written at every step, so that many fall into a write."""
     stages = [replace(config, images_seen=1600, seed=seed) for seed in (0, 1)]
@@ -89,8 +87,6 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-# Settings and data ------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("change", [dict(channels=0), dict(levels=1), dict(height=2.5), dict(dilations=(1, 0)),
                                     dict(first_mask="C"), dict(batch_size=-1), dict(width=None)])
 def test_an_impossible_config_is_refused_by_name(config, change):
@@ -128,8 +124,6 @@ def test_a_silent_network_ends_within_a_minute(nb, tmp_path):
         assert socket.getdefaulttimeout() == 3
     assert socket.getdefaulttimeout() is None
 
-
-# Properties of any model and any mask -------------------------------------------------------------
 
 sizes = st.integers(1, 5)
 
@@ -177,8 +171,6 @@ def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, t
     assert (gaps_to_the_table(nb, tiny, table) > 7).sum() > 10
 
 
-# Bad evidence and bad arguments -------------------------------------------------------------------
-
 @pytest.mark.parametrize("known", [PLACE < 4, PLACE > 4])
 def test_improbable_evidence_is_flagged(nb, known):
     """Level 2 made very improbable: known pixels of that level are no image of this model. Its own draw is."""
@@ -223,8 +215,6 @@ def test_runs_whose_particles_are_all_impossible_count_as_nothing(nb, monkeypatc
 
     assert abs(z(ratios)) < 5 < z(ratios[~nothing]), (z(ratios), z(ratios[~nothing]), ratios.std())
 
-
-# Memory, seeds, threads ---------------------------------------------------------------------------
 
 def starve(nb, monkeypatch, where, limit):
     """From now on a method of FastNetworks has no memory for more than limit[0] images."""
@@ -351,8 +341,6 @@ def test_a_loss_that_explodes_stops_the_run_and_names_step_and_rate(nb, config, 
         nb.train(config, images, images[:20], path=path, device="cpu")
     assert state.read_bytes() == kept and not path.exists()
 
-
-# Only the notebook was opened ---------------------------------------------------------------------
 
 @pytest.fixture
 def server(nb, config, tmp_path):

@@ -84,7 +84,7 @@ def test_the_place_of_the_truth_is_uniform_among_draws_of_the_posterior_alone(nb
 
 
 def test_each_image_has_its_own_evidence(guide, evidence):
-    """Images with a mask each, with one mask for all, alone: within 1e-12, by the fast networks; so the plain ones."""
+    """With a mask each, with one mask for all, alone: the same logits within 1e-12, and those of the plain networks."""
     masks, images = torch.stack([known_mask(*unknown) for unknown in MASKS]), evidence[:4]
     told = guide.told(images, masks)
     together = told.logits(images)

@@ -26,38 +26,46 @@ def run(program, folder):
     return done.stdout
 
 
-def text_with(cells, words):
-    """Of the one cell with these words."""
+def programs(cells, words):
+    """In the one cell with these words."""
     (text,) = [text for text in ("".join(cell["source"]) for cell in cells) if words in text]
-    return text
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def shortened(program, changes):
+    """A program with what makes it small in place of what is there."""
+    for old, new in changes.items():
+        assert program.count(old) == 1, old
+        program = program.replace(old, new)
+    return program
 
 
 @pytest.mark.parametrize("where", ["README", "8.5"])
-def test_the_scripts_run(root, cells, folder, where):
-    """With two runs of eight particles, which are too few for an answer; what is saved are its draws, ink dark."""
-    text = (root / "README.md").read_text() if where == "README" else text_with(cells, "**From a script of your own**")
-    programs = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert programs
-    for program in programs:
-        small = program.replace("guide=guide)", "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=1))")
-        assert small != program and program.count("\n") <= 14
-        digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
-        Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
-        said = run(small, folder)
-        assert "not converged" in said
-        assert ("torch.Size([4, 28, 28])" in said and "tensor([-" in said) == (where == "README")
-        if "draws.png" in program:
-            saved = np.asarray(Image.open(folder / "draws.png").convert("L"))
-            assert saved.shape == (32, 122) and saved.min() == 0 and (saved == 255).mean() > 0.5
+def test_the_script_runs(root, cells, folder, where):
+    """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
+    readme = dict(source=(root / "README.md").read_text())
+    (program,) = programs([readme] if where == "README" else cells, "vars(nb))\n")
+    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=1))"
+    digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
+    Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
+    said = run(shortened(program, {"guide=guide)": budget}), folder)
+    assert re.fullmatch(r"not converged -\d+\.\d+ None\n", said) and program.count("\n") <= 14
+    saved = np.asarray(Image.open(folder / "draws.png").convert("L"))
+    assert saved.shape == (32, 122) and saved.min() == 0 and (saved == 255).mean() > 0.5
 
 
-def test_the_program_for_other_data_runs_in_small(root, cells, folder):
-    """With 256 images and a network of eight channels; it trains, scores, draws and completes."""
-    start, program = re.findall(r"```python\n(.*?)```", text_with(cells, "**Other data.**"), flags=re.S)
-    assert program.count("\n") <= 10
-    small = program.replace("images_seen=100_000", "images_seen=256, channels=8, bottleneck=8, dilations=(1, 2)")
-    small = small.replace("load_mnist()[0]", "load_mnist()[0][-6000:]").replace("-5000", "-64")
-    assert small != program
-    said = run(start + "\ntorch.set_num_threads(1)\n" + small, folder)
-    assert float(re.search(r"bits/dim tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
-    assert (folder / "run" / "other.png").exists() and (folder / "other" / "model.pt").exists()
+def test_the_program_for_other_data_runs_in_small(cells, folder):
+    """After the first five lines of the script, with four steps of training; it trains both networks, scores, draws and
+    completes, and the next time it loads them."""
+    (script,), (program,) = programs(cells, "vars(nb))\n"), programs(cells, "**Other data.**")
+    start = "".join(script.splitlines(keepends=True)[:5]).replace("vars(nb)", "globals()")
+    small = shortened(program, {
+        "load_mnist()[0]": "load_mnist()[0][-6000:]", "images_seen=100_000": "images_seen=256",
+        "guide=Guide(model, network))": "guide=Guide(model, network), budget=Budget(8, 2, 1))"})
+    assert program.count("\n") <= 17
+    for trained in (True, False):
+        said = run(start + "torch.set_num_threads(1)\n" + small, folder)
+        assert float(re.search(r"bits a pixel tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
+        assert ("training model.pt" in said and "training guide.pt" in said) == trained
+    for made in ("run/other.png", "other/model.pt", "other/guide.pt"):
+        assert (folder / made).exists()
