@@ -93,7 +93,7 @@ def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
 def test_a_file_is_loaded_whatever_its_recipe_but_not_as_another_network(nb, stages, training, whole, capsys):
     wanted, before = nb.load_checkpoint(whole, "cpu"), whole.read_bytes()
     for recipe, said in ((stages, ""), ([replace(stages[1], seed=2, decay=0.5)],
-                                        "model.pt was trained by another recipe:\n{'decay': 0.25, 'seed': 1}\n")):
+                                        "model.pt was trained by another recipe:\ndecay = 0.25\nseed = 1\n")):
         model, history = training(recipe, path=whole)
         assert same(model, wanted) and model.config == stages[-1] and history == wanted.history
         assert capsys.readouterr().out == said
@@ -112,7 +112,7 @@ def test_a_missing_file_is_trained_by_the_short_recipe(nb, stages, training, tra
     assert model.config == short and seen(history) == [160]
     capsys.readouterr()
     assert same(training(stages, path=path, short=short)[0], model)
-    assert "another recipe:\n{'images_seen': 160, 'seed': 0}" in capsys.readouterr().out
+    assert "another recipe:\nimages_seen = 160\nseed = 0" in capsys.readouterr().out
     for _ in range(2):
         assert same(training(stages, path=path, short=short, anew=True)[0], nb.load_checkpoint(whole, "cpu"))
     assert same(training(stages, path=tmp_path / "other.pt")[0], nb.load_checkpoint(trained, "cpu"))

@@ -33,7 +33,7 @@ def shifted_rng(seed=None):
     state["seeded"] = True
     if seed is None or state["shift"] == 0:
         return default_rng(seed)
-    return default_rng([*np.atleast_1d(seed), state["shift"]])
+    return default_rng([*(seed if isinstance(seed, (list, tuple)) else [seed]), state["shift"]])
 
 
 torch.Generator = ShiftedGenerator
