@@ -173,7 +173,7 @@ def found_of(nb, log_z, values, pixels=None, eve=None):
     values = torch.as_tensor(values).double()
     r, k = values.shape
     return nb.Found(torch.zeros(r, k, 1, 1) if pixels is None else pixels,
-                    torch.as_tensor(log_z).double()[:, None].expand(r, k), values,
+                    torch.as_tensor(log_z).double()[:, None].expand(r, k), values, torch.zeros(r, k),
                     torch.arange(k).expand(r, k) if eve is None else eve)
 
 
@@ -333,7 +333,7 @@ def test_a_budget_is_spent_only_where_it_may_help(nb, tiny, evidence, monkeypatc
 
     one, four = rounds(), rounds(MIN_RUNS=9)
     assert one.rounds == 1 and four.rounds == 4  # it passes at once; what more rounds may cure or not is tried
-    for name in ("draws", "log_w", "log_p", "eve"):
+    for name in ("draws", "log_w", "log_p", "log_g", "eve"):
         assert torch.equal(getattr(four, name)[:, :10], getattr(one, name))
     sd = one.log_z.std().item()
     assert rounds(MIN_RUNS=9, MAX_SD=0.49 * sd).rounds == 1 < rounds(16, MIN_RUNS=9, MAX_SD=0.49 * sd).rounds
