@@ -107,15 +107,17 @@ def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
     assert share.min() > 0.19 and share.max() < 0.9
 
 
-def test_fresh_batches_are_draws_each_seen_in_one_step(nb, config):
+def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, config, images):
     """A function of the step, in whatever order it is asked; the draws are those of `sample`, portion by portion."""
     torch.manual_seed(0)
     model = nb.PixelCNN(config).eval()  # nearly uniform: no image comes twice
-    batch_of, again = (nb.fresh_batches(model, config, steps=3) for _ in range(2))
-    batches = [batch_of(step) for step in range(7)]
-    assert len(torch.cat(batches).unique(dim=0)) == 7 * config.batch_size
+    batch_of, again = (nb.fresh_batches(model, images, config, steps=3) for _ in range(2))
+    batches = torch.stack([batch_of(step) for step in range(7)])
+    draws, digits = (x.flatten(0, 1) for x in batches.chunk(2, dim=1))
+    assert batches.shape == (7, 16, 5, 4) and len(draws.unique(dim=0)) == 7 * 8
+    assert torch.equal(digits[24:48], nb.batch_at(images, replace(config, batch_size=24), 1))
     assert all(torch.equal(again(step), batches[step]) for step in (5, 0, 6, 4))
-    assert torch.equal(torch.cat(batches[3:6]), nb.sample(model, 3 * config.batch_size, seed=10**6 + 1))
+    assert torch.equal(draws[24:48], nb.sample(model, 24, seed=10**6 + 1))
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):

@@ -237,9 +237,9 @@ def test_each_doubt_is_raised_by_what_it_is_for_alone(nb):
             (found_of(nb, torch.linspace(-1.7, 1.7, 8), torch.ones(8, 40)), "log Z differs by sd 1.19"),
             (found_of(nb, level[:4], values[:4]), "4 runs, fewer than 8"),
             (found_of(nb, torch.tensor([2.0] + 7 * [0.0]), torch.ones(8, 40)), "the runs' weights are worth 3.4 of 8"),
-            (found_of(nb, level, values, eve=(torch.arange(40) // 20).expand(8, 40)), "16 effective draws"),
-            (found_of(nb, level, stuck), "7 effective draws"),
-            (found_of(nb, level, values, stuck[:, :, None, None]), "7 effective draws")):
+            (found_of(nb, level, values, eve=(torch.arange(40) // 20).expand(8, 40)), "16.0 effective draws"),
+            (found_of(nb, level, stuck), "7.0 effective draws"),
+            (found_of(nb, level, values, stuck[:, :, None, None]), "7.0 effective draws")):
         doubts = nb.doubts_about(changed)
         assert len(doubts) == 1 and expected in doubts[0], (expected, doubts)
 

@@ -132,26 +132,14 @@ def test_fewer_images_than_a_batch_are_refused(nb, config, images, tmp_path):
         nb.train(config, images[:3], images[:3], path=tmp_path / "model.pt", device="cpu")
 
 
-def test_fresh_batches_are_a_function_of_the_step_and_show_no_image_twice(nb, config, monkeypatch):
-    """Of 3^20 images the model draws any 160 as different ones; in any order of steps, portion by portion."""
-    torch.manual_seed(0)
-    model, portions, real = nb.PixelCNN(config).eval(), [], nb.sample
-    monkeypatch.setattr(nb, "sample", lambda *a, **named: portions.append(named["seed"]) or real(*a, **named))
-    batch_of, again = (nb.fresh_batches(model, config, steps=3) for _ in range(2))
-    batches = torch.stack([batch_of(step) for step in range(10)])
-    assert batches.shape == (10, 16, 5, 4) and len(batches.flatten(0, 1).unique(dim=0)) == 160
-    assert len(portions) == len(set(portions)) == 4
-    assert all(torch.equal(again(step), batches[step]) for step in (9, 0, 4, 4, 2))
-
-
 def test_training_on_fresh_batches_resumes_exactly(nb, config, images, tmp_path):
     """Stopped within a portion. The control: other batches give other weights."""
     torch.manual_seed(0)
     model, path = nb.PixelCNN(config).eval(), tmp_path / "model.pt"
     train = partial(nb.train, config, validation=images[:20], device="cpu")
-    batches = nb.fresh_batches(model, config)
+    batches = nb.fresh_batches(model, images, config)
     train_until(nb, 13, config, batches, images[:20], path=path, device="cpu")
-    resumed = train(nb.fresh_batches(model, config), path=path)[0]
+    resumed = train(nb.fresh_batches(model, images, config), path=path)[0]
     assert same(resumed, train(batches, path=tmp_path / "whole.pt")[0])
     assert not same(resumed, train(lambda step: batches(step + 1), path=tmp_path / "other.pt")[0])
 

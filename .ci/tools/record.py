@@ -94,7 +94,7 @@ def recipe(nb, name, model, images, tiny):
     if name == "leaky":
         return [replace(nb.Config(), **{**LEAKY, **small})], images, {}
     config = replace(nb.GUIDE_CONFIG, **small, encoder=(1, 2)) if tiny else nb.GUIDE_CONFIG
-    return [config], nb.fresh_batches(model, config), dict(
+    return [config], nb.fresh_batches(model, images, config), dict(
         network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder),
         loss=partial(nb.guide_loss, model), score=partial(nb.guide_bits, model))
 

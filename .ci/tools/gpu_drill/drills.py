@@ -132,7 +132,7 @@ SAME_CALL = {
     "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g, KNOWN), 1),
     "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
-    "fresh_batches": lambda m, g, to: nb.fresh_batches(m, CONFIG, steps=2)(3),
+    "fresh_batches": lambda m, g, to: nb.fresh_batches(m, IMAGES, CONFIG, steps=2)(3),
     "influence": lambda m, g, to: nb.influence(m, to(IMAGES[0])),
     "cached_logits": lambda m, g, to: nb.cached_logits(m, IMAGES[:4].to(m.device)),
     "FastNetwork, one pass": lambda m, g, to: nb.FastNetwork(m).logits(IMAGES.to(m.device)),
