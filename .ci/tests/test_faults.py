@@ -296,15 +296,16 @@ def test_a_busy_machine_slows_small_operations_fourfold_at_most(nb, tiny, eviden
 
 
 @pytest.mark.slow
-def test_a_busy_machine_slows_runs_two_and_a_half_fold_at_most(nb, root, mnist):
-    """Eight runs of 32 particles of the released networks, 14 rows hidden. A fair share takes twice as long; threads
-    that spin while they wait for each other, which the first cell forbids, far longer."""
+def test_a_busy_machine_slows_runs_four_and_a_half_fold_at_most(nb, root, mnist):
+    """Eight runs of 32 particles of the released networks, 14 rows hidden. A fair share takes twice as long; this took
+    2.3 to 3.6 times when it was written, and six times where threads spin while they wait for each other, which the
+    first cell forbids."""
     model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
     guide, images = released_guide(nb, root, model), mnist[2][:1].expand(8, -1, -1)
     told = guide.told(images, torch.arange(784).view(28, 28) >= 392)
     nb.smc(told, images, 2, range(8))
     alone, beside = alone_and_beside_busy_processes(lambda: nb.smc(told, images, 32, range(8)))
-    assert beside < 2.5 * alone, (alone, beside)
+    assert beside < 4.5 * alone, (alone, beside)
 
 
 @pytest.mark.parametrize("n", [1, 64])
