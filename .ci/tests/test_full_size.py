@@ -1,10 +1,11 @@
-"""The released networks, 28x28 pixels and 256 levels: two hidden pixels enumerated, Gibbs moves from exact draws."""
+"""The released networks, 28x28 pixels and 256 levels: hidden pixels enumerated, Gibbs moves from exact draws."""
+
+import math
 
 import pytest
 import torch
 from bounds import t_bound
 from guides import released_guide
-from surprise import surprise_z
 
 pytestmark = pytest.mark.slow
 IMAGE, ROW, COLUMN = 5, 25, 11  # the last two pixels of a digit's stroke, one above the other
@@ -45,14 +46,32 @@ def pair(nb, model, mnist):
     return image, known, terms - total, (before + total).item()
 
 
+@torch.no_grad()
+def surprise_z(model, images):
+    """z of the surprise of images [n, height, width]: standard normal for draws of the model.
+
+    At each pixel the model says what surprise to expect, the entropy of its forecast, and its variance. For ancestral
+    draws -log p(x_i | x_<i) less that entropy has mean 0 given the past, so the terms are uncorrelated (their sums are
+    a martingale).
+    """
+    excess = variance = 0.0
+    for batch in images.split(100):
+        log_probs = torch.log_softmax(model(batch).double(), dim=1)
+        probs, chosen = log_probs.exp(), log_probs.gather(1, batch.long().unsqueeze(1)).squeeze(1)
+        entropy = -(probs * log_probs).sum(dim=1)
+        excess += (-chosen - entropy).sum().item()
+        variance += ((probs * log_probs**2).sum(dim=1) - entropy**2).sum().item()
+    return excess / math.sqrt(variance)
+
+
 def test_samples_are_as_surprising_as_the_model_expects(nb, model):
     """z of 256 draws; it would see T = 0.95, or the last bit of 4 % of the ink flipped: a stale cache, for instance."""
     draws = nb.sample(model, 256, seed=3)
     generator = torch.Generator().manual_seed(0)
     hit = (draws > 1) & (torch.rand(draws.shape, generator=generator) < 0.04)
-    assert abs(surprise_z(nb, model, draws)) < 4
-    assert surprise_z(nb, model, nb.sample(model, 256, seed=3, temperature=0.95)) < -6
-    assert surprise_z(nb, model, torch.where(hit, draws ^ 1, draws)) > 6
+    assert abs(surprise_z(model, draws)) < 4
+    assert surprise_z(model, nb.sample(model, 256, seed=3, temperature=0.95)) < -6
+    assert surprise_z(model, torch.where(hit, draws ^ 1, draws)) > 6
 
 
 def test_draws_and_weights_do_not_depend_on_the_number_of_threads(nb, guide, mnist):
@@ -90,12 +109,26 @@ def z_of(log_probs, draws, weights=None):
     return torch.stack(found).max().item()  # nan if one is nan
 
 
+def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
+    """All 256 levels, by E: log Z within 8.4 standard errors or 0.05 nats, the draws within 0.15 in total variation."""
+    image, pixel = mnist[2][3], (14, 14)
+    known = torch.arange(784).view(28, 28) != 14 * 28 + 14
+    probs = nb.conditional_given_rest(model, image, pixel)
+    exact = nb.log_prob(model, image[None]).item() - probs[int(image[pixel])].log().item()
+    answer = nb.complete(model, image, known, 1, nb.Budget(32), guide=guide)
+    found = answer.found
+    drawn = found.draws[:, :, *pixel].flatten().bincount(torch.softmax(found.log_w.flatten(), dim=0), 256)
+    assert answer.status == "converged"
+    assert abs(answer.log_evidence - exact) < max(0.05, t_bound(8) * found.log_evidence()[1])
+    assert (drawn - probs).abs().sum() / 2 < 0.15
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 8.4 standard errors of 16 runs, with a look and
     copies. The controls: the same draws without their weights; log m of the copies forgotten."""
     image, known, log_probs, log_evidence = pair
-    answer = nb.complete(model, image, known, 1, nb.Budget(64, 16, 1), 3, guide if learned else None)
+    answer = nb.complete(model, image, known, 1, nb.Budget(64, 16, 2), 3, guide if learned else None)
     found = answer.found
     weights = (found.log_w - log_evidence).exp() / found.log_w.shape[1]
     ratio = weights.sum(dim=1)
@@ -120,8 +153,8 @@ def test_gibbs_meets_it_and_forward_gibbs_does_not(nb, model, guide, pair):
     assert right(starts)
     assert right(torch.stack([nb.gibbs_sweep(model, start, known, generator) for start in starts[::16]]))
     for guide, rows in ((alone, 2), (guide, 1)):
-        assert right(nb.gibbs_sweep_by_bands(guide, starts[::2], known, range(256), rows)[0])
-    assert not right(nb.gibbs_sweep_by_bands(alone, starts, known, range(512), 1, pick=nb.pick_evenly)[0])
+        assert right(nb.gibbs_sweep_by_bands(guide, starts[::2], known, range(256), rows))
+    assert not right(nb.gibbs_sweep_by_bands(alone, starts, known, range(512), 1, pick=nb.pick_evenly))
     assert not right(nb.sample(model, 1024, image=image, known=known, seed=2))
 
 
@@ -133,7 +166,8 @@ def test_exact_draws_stay_exact_through_a_sweep_by_bands(nb, model, guide, pick)
     images, known = nb.sample(model, 48, seed=71), torch.ones(28, 28, dtype=torch.bool)
     known[10:18, 10:18] = False
     guide = guide if pick == "resample" else nb.Guide(model)
-    swept, changed = nb.gibbs_sweep_by_bands(guide, images, known, range(48), pick=getattr(nb, pick))
+    swept = nb.gibbs_sweep_by_bands(guide, images, known, range(48), pick=getattr(nb, pick))
+    changed = (swept != images)[:, ~known]
 
     def quantities(images):
         log_p = nb.pixel_log_probs(model, images)
@@ -141,6 +175,6 @@ def test_exact_draws_stay_exact_through_a_sweep_by_bands(nb, model, guide, pick)
 
     change = quantities(swept) - quantities(images)
     zs = 48**0.5 * change.mean(dim=1) / change.std(dim=1)
-    print(pick, "z:", zs.tolist(), "changed:", changed.double().mean(dim=0).tolist())
-    assert (swept[:, known] == images[:, known]).all() and changed.double().mean() > 0.1
+    print(pick, "z:", zs.tolist(), f"changed: {changed.double().mean():.3f}")
+    assert (swept[:, known] == images[:, known]).all() and changed.any(dim=1).double().mean() > 0.5
     assert (zs.abs().max() < t_bound(48)) == (pick == "resample")

@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from bounds import agree, t_bound
-from guides import guide_draws, guide_log_prob, known_mask, meaningless_guide, released_guide
-from one_pixel import one_pixel_check
+from bounds import agree
+from guides import guide_draws, guide_log_prob, known_mask, meaningless_guide
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +56,6 @@ def test_draws_follow_its_distribution(nb, guide, table, evidence, unknown):
         for law, of in (("guide", guide), ("model", nb.Guide(guide.model))):
             expected = 10_000 * guide_log_prob(nb, of, support, known).exp()
             assert agree(counts, expected) == (name == law)
-
-
-def test_where_all_is_known_its_draw_is_the_image(nb, guide, evidence):
-    log_p = nb.log_prob(guide.model, evidence[1:2])
-    for each in (guide, nb.Guide(guide.model)):
-        draws, log_w = guide_draws(nb, each, evidence[1], torch.ones(3, 3, dtype=torch.bool), 2)
-        assert (draws == evidence[1]).all() and (log_w - log_p).abs().max() < 1e-12
 
 
 def test_the_place_of_the_truth_is_uniform_among_draws_of_the_posterior_alone(nb, guide, table, evidence):
@@ -133,28 +125,13 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
                                 network=nb.GuideNetwork, loss=partial(nb.guide_loss, model),
                                 score=partial(nb.guide_bits, model))
     assert history[-1]["validation_bits"] < nb.guide_bits(model, start, images[:500]).mean()
-    before = after = 0.0
+    known, divergence = known_mask(0, 1, 2), torch.zeros(2)
     for image in evidence:
-        known = known_mask(0, 1, 2)
         support, posterior, _ = nb.exact_posterior(*table, image, known)
-        for network in (start, trained):
-            log_g = guide_log_prob(nb, nb.Guide(model, network), support, known)
-            divergence = (posterior * (posterior.log() - log_g)).sum().item()
-            before, after = (before + divergence, after) if network is start else (before, after + divergence)
-    assert after < 0.9 * before
+        log_g = torch.stack([guide_log_prob(nb, nb.Guide(model, x), support, known) for x in (start, trained)])
+        divergence += (posterior * (posterior.log() - log_g)).sum(dim=1)
+    assert divergence[1] < 0.9 * divergence[0]
     again = nb.load_checkpoint(path, "cpu", nb.GuideNetwork)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values()))
     with pytest.raises(ValueError, match="of a PixelCNN"):
         nb.load_checkpoint(path, "cpu")
-
-
-@pytest.mark.slow
-def test_one_hidden_pixel_at_full_size(nb, root, mnist):
-    """The released networks, 28x28, 256 levels, float32: log Z within 8.4 standard errors (or 0.05 nats) of E's."""
-    model = nb.load_checkpoint(root / "checkpoints" / "small.pt", "cpu")
-    guide = released_guide(nb, root, model)
-    exact, completion, distance = one_pixel_check(nb, model, mnist[2][3], (14, 14), nb.Budget(32), guide=guide)
-    _, stderr = completion.found.log_evidence()
-    assert completion.status == "converged"
-    assert abs(completion.log_evidence - exact) < max(0.05, t_bound(8) * stderr)
-    assert distance < 0.15

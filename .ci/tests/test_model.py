@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from bounds import agree
-from surprise import surprise_z
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +53,14 @@ def test_influence_is_what_a_changed_pixel_moves(nb, tiny, evidence):
         assert pixel == 8 or row.max() > 0.1
 
 
-def test_the_mask_is_applied_in_forward_and_never_edits_the_weight(nb):
-    layer = nb.MaskedConv2d("A", 3, 5, rows=3, reach=2)
-    before = layer.weight.detach().clone()
-    layer(torch.randn(2, 6, 6, 3)).sum().backward()
-    assert torch.equal(layer.weight, before)
-    hidden = layer.mask.expand(5, 3, -1, -1).flatten(1) == 0
-    assert (layer.weight.grad[hidden] == 0).all() and (layer.weight[hidden] != 0).any()
+def test_a_hidden_weight_is_not_used_and_gets_no_gradient(nb):
+    """Not even from an infinite one (weight * mask would give inf * 0 = nan); masking leaves the weight as it is."""
+    layer = nb.MaskedConv2d("B", 2, 3, rows=2, reach=1)
+    before, kernel = layer.weight.detach().clone(), layer.kernel()
+    kernel.backward(torch.where(layer.mask, 1.0, torch.inf).expand_as(kernel))
+    gradient = layer.weight.grad.view_as(kernel)
+    assert (kernel[..., ~layer.mask] == 0).all() and torch.equal(layer.weight, before)
+    assert (gradient[..., ~layer.mask] == 0).all() and (gradient[..., layer.mask] == 1).all()
 
 
 def test_probabilities_of_all_images_sum_to_one(table):
@@ -92,17 +92,6 @@ def test_in_half_precision_the_fast_network_is_nearly_the_same(nb, root, mnist, 
         assert 1e-3 < off.std() < 1
 
 
-def test_the_fast_network_keeps_the_weights_it_was_made_of(nb, model):
-    network, images = copy.deepcopy(model), random_images(2)
-    made = nb.FastNetwork(network)
-    before, weights = made.logits(images), copy.deepcopy(network.state_dict())
-    nb.cached_logits(network, images)
-    assert all(torch.equal(weights[name], x) for name, x in network.state_dict().items())
-    network.train().requires_grad_(True)
-    assert not nb.FastNetwork(network).logits(images).requires_grad
-    assert torch.equal(made.logits(images), before)
-
-
 @pytest.mark.parametrize("first", [0, 9])
 @pytest.mark.parametrize("n, dtype, bound", [(1, torch.float32, 1e-4), (3, torch.float32, 1e-4),
                                              (64, torch.float32, 1e-4), (3, torch.float64, 1e-10)])
@@ -132,43 +121,37 @@ def test_logits_while_drawing_equal_a_full_pass_of_the_result(nb, model, n, dtyp
 
 @pytest.mark.parametrize("row", [1, 5, 14, 27])
 def test_rows_below_others_equal_a_full_pass(nb, model, row):
-    """In three pieces; the cache of one image serves many that are alike above. The control: alike they must be."""
+    """In three pieces; the cache of one image serves many that are alike above. A copy of its lists is a snapshot: it
+    gives the same, bit by bit, whatever goes on with the original, by rows or by pixels. The controls: alike they must
+    be; the original has gone on."""
     double, images = copy.deepcopy(model).double(), random_images(3)
     images[:, :row] = images[0, :row]
     fast, full, middle = nb.FastNetwork(double), double(images), (row + 29) // 2
-    cache = fast.new_cache()
+    cache, uniforms = fast.new_cache(), nb.uniform_streams(3, 784, 0, "cpu")
     assert (fast.rows(images[:1, :row], cache, 0) - full[:1, :, :row]).abs().max() < 1e-10
+    kept = [[*part] for part in cache]
     pieces = [(images[:, :middle], row)] + [(images, middle)] * (middle < 28)
     found = torch.cat([fast.rows(part, cache, first) for part, first in pieces], dim=2)
     assert (found - full[:, :, row:]).abs().max() < 1e-10
+    before = fast.rows(images, [[*part] for part in kept], row)
+    for way in (lambda x, own: fast.rows(x[:, : row + 1], own, row),
+                lambda x, own: nb.draw_row([(fast, own, None)], x, torch.zeros(3, 28) > 0, uniforms, row)):
+        own = [[part[0].expand(3, -1, -1, -1), part[1].expand(3, -1)] for part in kept]
+        way(255 - images, own)
+        assert torch.equal(fast.rows(images, [[*part] for part in kept], row), before)
+        assert (fast.rows(images, own, row) - before).abs().max() > 1e-3
     other, cache = 255 - images[:1], fast.new_cache()
     fast.rows(other[:, :row], cache, 0)
     assert (fast.rows(images, cache, row) - full[:, :, row:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("row", [0, 1, 5, 27])
-def test_a_copy_of_the_caches_lists_is_a_snapshot(nb, model, row):
-    """Whatever goes on with the original, by rows or by pixels, the copy gives the same logits, bit by bit. The
-    control: the original itself does not."""
-    fast, images = nb.FastNetwork(model), random_images(3)
-    cache, uniforms = fast.new_cache(3), nb.uniform_streams(3, 784, 0, "cpu")
-    if row > 0:
-        fast.rows(images[:, :row], cache, 0)
-    kept = [[*part] for part in cache]
-    before = fast.rows(images, [[*part] for part in kept], row)
-    ways = {"rows": lambda x, own: fast.rows(x[:, : row + 1], own, row),
-            "pixels": lambda x, own: nb.draw_row([(fast, own, None)], x, images.new_zeros(3, 28).bool(), uniforms, row)}
-    for way in ways.values():
-        own = [[*part] for part in kept]
-        way(255 - images, own)
-        assert torch.equal(fast.rows(images, [[*part] for part in kept], row), before)
-        assert (fast.rows(images, own, row) - before).abs().max() > 1e-3
-
-
-def test_sample_equals_the_naive_loop(nb, tiny):
+def test_sample_equals_the_naive_loop_in_any_batch(nb, tiny):
     generator = torch.Generator().manual_seed(0)
-    start = torch.randint(0, 3, (50, 3, 3), generator=generator, dtype=torch.uint8)  # must not matter
-    assert torch.equal(nb.sample(tiny, 50, seed=3), nb.sample_naive(tiny, start, seed=3))
+    start = torch.randint(0, 3, (30, 3, 3), generator=generator, dtype=torch.uint8)  # must not matter
+    many = nb.sample(tiny, 30, seed=9)
+    assert torch.equal(many, nb.sample_naive(tiny, start, seed=9))
+    assert torch.equal(many[:7], nb.sample(tiny, 7, seed=9))
+    assert torch.equal(many, nb.sample(tiny, 30, seed=9, batch_size=4))
 
 
 def test_sample_keeps_known_pixels_and_matches_a_naive_loop_with_them(nb, tiny):
@@ -180,12 +163,6 @@ def test_sample_keeps_known_pixels_and_matches_a_naive_loop_with_them(nb, tiny):
     assert torch.equal(drawn, nb.forward_gibbs(tiny, 2 - image * known.byte(), known, 200, 1, 5)) is False
     start = torch.where(known, image, 1).to(torch.uint8)
     assert torch.equal(drawn, nb.forward_gibbs(tiny, start, known, 200, 1, 5))
-
-
-def test_an_image_comes_out_the_same_in_any_batch(nb, tiny):
-    many = nb.sample(tiny, 30, seed=9)
-    assert torch.equal(many[:7], nb.sample(tiny, 7, seed=9))
-    assert torch.equal(many, nb.sample(tiny, 30, seed=9, batch_size=4))
 
 
 def test_sample_stops_where_it_is_told(nb, tiny):
@@ -206,37 +183,6 @@ def test_sample_follows_the_model(nb, tiny, table):
         codes = (drawn.flatten(1).long() * 3 ** torch.arange(9)).sum(1)
         counts = torch.bincount(codes, minlength=len(images))
         assert agree(counts, 20_000 * log_probs.exp()) == (temperature == 1)
-
-
-@pytest.mark.parametrize("images, word", [
-    (torch.zeros(1, 28, 28), "float32"), (torch.zeros(28, 28, dtype=torch.uint8), "shape"),
-    (torch.zeros(1, 27, 28, dtype=torch.uint8), "shape"), (torch.full((1, 28, 28), 300), "300"),
-    (torch.full((1, 28, 28), -1), "-1"), (torch.zeros(1, 28, 28, dtype=torch.bool), "bool")])
-def test_bad_images_are_refused_by_name(nb, model, images, word):
-    with pytest.raises(ValueError, match=rf"images: .*{word}"):
-        nb.log_prob(model, images)
-
-
-IMAGE, ALL = random_images(1)[0], torch.ones(28, 28, dtype=torch.bool)
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (dict(image=IMAGE), "image and known"), (dict(image=IMAGE, known=ALL.byte()), "known: .*uint8"),
-    (dict(image=IMAGE.expand(2, 28, 28), known=ALL), "image: expected one or 3, got 2"),
-    (dict(image=IMAGE, known=ALL.expand(2, 28, 28)), "known: expected one or 3, got 2"),
-    (dict(temperature=0), "temperature"), (dict(stop=(28, 0)), "stop")])
-def test_bad_arguments_of_sample_are_refused_by_name(nb, model, arguments, said):
-    with pytest.raises(ValueError, match=said):
-        nb.sample(model, 3, **arguments)
-
-
-def test_samples_are_as_surprising_as_the_model_expects(nb, tiny):
-    """z of 4,000 draws; it would see a temperature of 0.9 or 3 % of the pixels moved by a level."""
-    draws = nb.sample(tiny, 4000, seed=8)
-    assert abs(surprise_z(nb, tiny, draws)) < 4
-    assert surprise_z(nb, tiny, nb.sample(tiny, 4000, seed=8, temperature=0.9)) < -4
-    moved = torch.rand(draws.shape, generator=torch.Generator().manual_seed(0)) < 0.03
-    assert surprise_z(nb, tiny, torch.where(moved, (draws + 1) % 3, draws)) > 4
 
 
 def test_counts_and_running_means_equal_their_definitions(nb, model):

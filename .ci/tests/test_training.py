@@ -92,8 +92,9 @@ def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
 
 def test_a_file_is_loaded_whatever_its_recipe_but_not_as_another_network(nb, stages, training, whole, capsys):
     wanted, before = nb.load_checkpoint(whole, "cpu"), whole.read_bytes()
+    other = "model.pt was trained by another recipe: "
     for recipe, said in ((stages, ""), ([replace(stages[1], seed=2, decay=0.5)],
-                                        "model.pt was trained by another recipe:\ndecay = 0.25\nseed = 1\n")):
+                                        f"{other}decay = 0.25\n{other}seed = 1\n")):
         model, history = training(recipe, path=whole)
         assert same(model, wanted) and model.config == stages[-1] and history == wanted.history
         assert capsys.readouterr().out == said
@@ -112,7 +113,8 @@ def test_a_missing_file_is_trained_by_the_short_recipe(nb, stages, training, tra
     assert model.config == short and seen(history) == [160]
     capsys.readouterr()
     assert same(training(stages, path=path, short=short)[0], model)
-    assert "another recipe:\nimages_seen = 160\nseed = 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "another recipe: images_seen = 160\n" in said and "another recipe: seed = 0\n" in said
     for _ in range(2):
         assert same(training(stages, path=path, short=short, anew=True)[0], nb.load_checkpoint(whole, "cpu"))
     assert same(training(stages, path=tmp_path / "other.pt")[0], nb.load_checkpoint(trained, "cpu"))
@@ -127,11 +129,6 @@ def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, config)
     assert not torch.equal(nb.batch_at(images, replace(config, seed=1), 0), batches[0])
 
 
-def test_fewer_images_than_a_batch_are_refused(nb, config, images, tmp_path):
-    with pytest.raises(ValueError, match="images: expected at least one batch of .*, got 3"):
-        nb.train(config, images[:3], images[:3], path=tmp_path / "model.pt", device="cpu")
-
-
 def test_training_on_fresh_batches_resumes_exactly(nb, config, images, tmp_path):
     """Stopped within a portion. The control: other batches give other weights."""
     torch.manual_seed(0)
@@ -144,22 +141,7 @@ def test_training_on_fresh_batches_resumes_exactly(nb, config, images, tmp_path)
     assert not same(resumed, train(lambda step: batches(step + 1), path=tmp_path / "other.pt")[0])
 
 
-def test_devices(nb):
-    assert nb.pick_device("cpu").type == "cpu" and nb.pick_device().type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="mps.*float64"):
-        nb.pick_device("mps")
-
-
-def test_training_stops_when_the_loss_is_no_longer_a_number(nb, config, images, tmp_path):
-    with pytest.raises(FloatingPointError, match="step"):
-        nb.train(replace(config, learning_rate=1e30, matrix_learning_rate=1e30), images, images[:20],
-                 path=tmp_path / "m.pt", device="cpu")
-    assert not (tmp_path / "m.pt").exists()
-
-
-@pytest.mark.parametrize("damage", [
-    lambda b: b"", lambda b: b"not a checkpoint", lambda b: b[:-100], lambda b: b[:1000] + b[1001:],
-    lambda b: b[:1000] + b"inserted" + b[1000:], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:]])
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:]])
 def test_damaged_checkpoints_are_refused(nb, config, training, trained, tmp_path, damage):
     """By their SHA-256, also where they would be trained; were that right, by what is in them."""
     path = tmp_path / "model.pt"
@@ -174,27 +156,22 @@ def test_damaged_checkpoints_are_refused(nb, config, training, trained, tmp_path
 
 
 @pytest.mark.parametrize("edit, word", [
-    (lambda s: s["weights"].pop("head.bias"), "head.bias"), (lambda s: s.pop("weights"), "weights"),
-    (lambda s: s["weights"]["head.bias"].fill_(float("nan")), "finite"),
-    (lambda s: s["config"].update(channels=12), "size mismatch"), (lambda s: s["config"].update(colour=1), "colour")])
+    (lambda s, _: s["weights"].pop("head.bias"), "head.bias"),
+    (lambda s, _: s["weights"]["head.bias"].fill_(float("nan")), "finite"),
+    (lambda s, _: s["config"].update(channels=12), "size mismatch"),
+    (lambda s, _: s["config"].update(colour=1), "colour"),
+    (lambda s, payload: s.update(history=payload), "history")])
 def test_wrong_checkpoints_are_refused_by_name(nb, trained, tmp_path, edit, word):
-    saved, path = torch.load(trained, weights_only=True), tmp_path / "model.pt"
-    edit(saved)
+    """And code in one is not run. The control: by pickle it would be."""
+    saved, path, mark = torch.load(trained, weights_only=True), tmp_path / "model.pt", tmp_path / "mark"
+    payload = Payload(open, str(mark), "w")
+    edit(saved, payload)
     torch.save(saved, path)
     nb.write_sum(path, nb.sha256_of(path))
     with pytest.raises(ValueError, match=f"(?s)model.pt: .*{word}"):
         nb.load_checkpoint(path, "cpu")
-
-
-def test_code_in_a_checkpoint_is_not_run(nb, tmp_path):
-    path, mark = tmp_path / "model.pt", tmp_path / "mark"
-    payload = Payload(open, str(mark), "w")
-    torch.save(dict(config={}, weights={}, history=payload), path)
-    nb.write_sum(path, nb.sha256_of(path))
-    with pytest.raises(ValueError, match="model.pt"):
-        nb.load_checkpoint(path, "cpu")
     assert not mark.exists()
-    pickle.loads(pickle.dumps(payload))  # negative control: the payload does leave a mark
+    pickle.loads(pickle.dumps(payload))
     assert mark.exists()
 
 

@@ -45,7 +45,7 @@ def test_the_script_runs(root, cells, folder, where):
     """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
     readme = dict(source=(root / "README.md").read_text())
     (program,) = programs([readme] if where == "README" else cells, "vars(nb))\n")
-    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=1))"
+    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=2))"
     digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
     Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
     said = run(shortened(program, {"guide=guide)": budget}), folder)
@@ -61,7 +61,7 @@ def test_the_program_for_other_data_runs_in_small(cells, folder):
     start = "".join(script.splitlines(keepends=True)[:5]).replace("vars(nb)", "globals()")
     small = shortened(program, {
         "load_mnist()[0]": "load_mnist()[0][-6000:]", "images_seen=100_000": "images_seen=256",
-        "guide=Guide(model, network))": "guide=Guide(model, network), budget=Budget(8, 2, 1))"})
+        "guide=Guide(model, network))": "guide=Guide(model, network), budget=Budget(8, 2, 2))"})
     assert program.count("\n") <= 17
     for trained in (True, False):
         said = run(start + "torch.set_num_threads(1)\n" + small, folder)

@@ -1,13 +1,21 @@
-"""Records what the verdict is calibrated by: rounds of runs for images that the model drew, once, to be judged offline.
+"""What the verdict is calibrated by: rounds of runs for images that the model drew, recorded once and judged offline.
 
 usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top] [--images 100] [--seed 2001]
-       python .ci/tools/calibrate.py replay --folder FOLDER
+       python .ci/tools/calibrate.py candidates --folder FOLDER [--rounds 4]
+       python .ci/tools/calibrate.py replay --folder FOLDER [--rounds 4] [--keep NAME]
+       python .ci/tools/calibrate.py sixteen --folder FOLDER
 record: four rounds (eight for every fifth image) as `complete` makes them, and four rounds of eight runs that hold the
-truth; a file an image, so that it goes on where it stopped. replay: the notebook's verdict as it runs, asked after each
-round and stopped where it passes: how many are answered, where the truth's place stands by log p and by log p/g, and how
-often log_evidence + 2.36 stderr reaches the bound from above.
+truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share
+the images). candidates: other thresholds, on other numbers, each asked after every round and stopped where it passes;
+the answer is what was asked about, or as many fresh rounds. replay: the notebook's own verdict. Both say how many are
+answered, in which quarters the truth's place stands by log p and by log p/g (P of a chi-square at least as large), and
+how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many of the first twenty test images'
+tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json; a published run takes it over.
 """
 import argparse
+import functools
+import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -15,6 +23,24 @@ from pathlib import Path
 from definitions import ROOT, definitions
 import numpy as np
 import torch
+
+APART = ROOT / ".ci" / "tools" / "record" / "apart.json"
+
+
+def keep_apart(nb, name, value, stderr=None, *, n, how):
+    """A result that no run of the notebook makes, with the SHA-256 of the weights it holds for."""
+    weights = {path: nb.sha256_of(ROOT / "checkpoints" / path) for path in ("small.pt", "small_guide.pt")}
+    apart = json.loads(APART.read_text()) if APART.exists() else {}
+    if apart.get("weights") != weights:
+        apart = dict(weights=weights, results={})
+    apart["results"][name] = dict(value=value, stderr=stderr, n=n, how=how)
+    nb.save_atomically(json.dumps(apart, indent=1).encode() + b"\n", APART)
+
+
+def released(nb):
+    """(Model, guide)."""
+    model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt")
+    return model, nb.Guide(model, nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", network=nb.GuideNetwork))
 
 
 def hidden_mask(name):
@@ -25,79 +51,193 @@ def hidden_mask(name):
 
 @torch.no_grad()
 def record(nb, options):
-    folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt")
-    guide = nb.Guide(model, nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", network=nb.GuideNetwork))
+    folder, (part, parts) = Path(options.folder), map(int, options.part.split("/"))
+    model, guide = released(nb)
     known, budget = hidden_mask(options.hidden).to(model.device), nb.Budget()
     for number, image in enumerate(nb.sample(model, options.images, seed=options.seed)):
         path, started = folder / f"{options.hidden}_{options.seed}_{number:03d}.pt", time.monotonic()
-        if path.exists():
+        if path.exists() or number % parts != part:
             continue
         images = image.expand(budget.runs, -1, -1)
         told, seed, rounds = guide.told(images, known), options.seed + number, []
         for k in range(8 if number % 5 == 0 else 4):
             seeds = np.random.SeedSequence([seed, k]).generate_state(budget.runs, np.uint64).tolist()
             rounds.append(nb.smc(told, images, budget.particles, seeds))
-        held = [nb.smc(told, images, budget.particles, range(10**7 + 100 * number + 8 * k, 10**7 + 100 * number + 8 * k + 8),
-                       images).log_z for k in range(4)]
+        starts = range(10**7 + 100 * number, 10**7 + 100 * number + 32, 8)
+        held = [nb.smc(told, images, budget.particles, range(start, start + 8), images).log_z for start in starts]
         log_p, ratio = nb.log_probs_and_weights(guide, image[None], known)[:, 0].tolist()
         nb.save_atomically(dict(rounds=[vars(found) for found in rounds], held=torch.cat(held), log_p=log_p,
-                                ratio=ratio), path)
+                                ratio=ratio, particles=budget.particles), path)
         print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def stopped_at(nb, rounds, most):
-    """(What the verdict is asked about last, whether it passes): rounds joined until it does, or cannot."""
-    found = None
-    for new in rounds[:most]:
-        found = new if found is None else found.joined(new)
-        if not nb.doubts_about(found):
-            return found, True
-        if nb.hopeless(found, most):
+def recorded(options):
+    """(Name, what was saved of it, its rounds as keyword arguments of a Found) of each image."""
+    for path in sorted(Path(options.folder).glob("*_*_*.pt")):
+        saved = torch.load(path, weights_only=True)
+        yield path.name.split("_")[0], saved, saved["rounds"]
+
+
+def joined(nb, rounds):
+    """Rounds as one Found."""
+    return functools.reduce(nb.Found.joined, [nb.Found(**found) for found in rounds])
+
+
+def pareto_k(weights):
+    """k-hat of the generalised Pareto distribution of the largest weights (float64 [s], any scale): Vehtari, Simpson,
+    Gelman, Yao and Gabry 2024; the fit is that of Zhang and Stephens 2009. Infinite where fewer than five are positive.
+    """
+    weights = np.sort(weights)
+    tail = math.ceil(min(0.2 * len(weights), 3 * len(weights) ** 0.5))
+    x = weights[-tail:] - weights[-tail - 1]
+    x = x[x > 0] / x[-1]
+    n = len(x)
+    if n < 5:
+        return math.inf
+    m = 30 + int(n**0.5)
+    theta = 1 + (1 - (m / (np.arange(1, m + 1) - 0.5)) ** 0.5) / (3 * x[int(n / 4 + 0.5) - 1])
+
+    def k_of(theta):
+        return np.log1p(-np.outer(theta, x)).mean(axis=1)
+
+    k = k_of(theta)
+    likelihood = n * (np.log(-theta / k) - k - 1)
+    share = np.exp(likelihood - likelihood.max())
+    (k,) = k_of((share * theta).sum() / share.sum())
+    return (n * k + 5) / (n + 10)
+
+
+def sums_by_eve(found, particles):
+    """The weights of all that descends from each first particle, zeros included, of the largest: float64 [s]."""
+    shares = torch.exp(found.log_w - found.log_w.max())
+    every = torch.zeros(len(found.eve), found.rounds * particles, dtype=torch.float64)
+    return every.scatter_add_(1, found.eve, shares).flatten().numpy()
+
+
+def numbers_of(nb, saved, found):
+    """What a rule may ask about a Found, and how right it is."""
+    log_evidence = nb.log_mean(found.log_z).item()
+    without = torch.log1p(-torch.softmax(found.log_z, dim=0))
+    sums = sums_by_eve(found, saved["particles"])
+    return dict(
+        rounds=found.rounds, sd=found.log_z.std().item(), equal=nb.ess(found.log_z).item() / len(found.log_z),
+        lineages=found.lineages, effective=found.effective_draws, k=pareto_k(sums),
+        usual_k=min(1 - 1 / math.log10(len(sums)), 0.7), jackknife=nb.jackknife(without).item(),
+        below=-nb.log_mean(-saved["held"]).item() - log_evidence,
+        by_p=nb.place_of_truth(saved["log_p"], found.log_p, found.log_w),
+        by_w=nb.place_of_truth(saved["ratio"], found.log_p - found.log_g, found.log_w))
+
+
+def chance_of(places):
+    """(How many stand in each quarter, P of a chi-square at least as large where they are uniform)."""
+    quarters = np.histogram(places, 4, (0, 1))[0]
+    square = ((quarters - len(places) / 4) ** 2).sum() / max(len(places) / 4, 1)
+    return quarters, torch.special.gammaincc(torch.tensor(1.5), torch.tensor(square / 2)).item()
+
+
+def candidates(nb, options):
+    """A line for each rule: how right is what passes it first, or as many rounds again."""
+    path = Path(options.folder) / "numbers.json"  # they take minutes
+    if not path.exists():
+        spans = [(0, k) for k in range(1, 9)] + [(k, 2 * k) for k in range(1, 5)]
+        path.write_text(json.dumps([
+            (name, {f"{i} {j}": numbers_of(nb, saved, joined(nb, rounds[i:j])) for i, j in spans if j <= len(rounds)})
+            for name, saved, rounds in recorded(options)]))
+    cases = json.loads(path.read_text())
+    limits = {"none": lambda x: math.inf, "usual": lambda x: x["usual_k"], "0.7": lambda x: 0.7, "0.8": lambda x: 0.8,
+              "0.9": lambda x: 0.9, "1": lambda x: 1.0}
+    floors = {"2/N": lambda x: 2 / x["effective"], "0.1": lambda x: 0.1, "0.2": lambda x: 0.2, "0.3": lambda x: 0.3}
+    rules = itertools.product((10, 20, 50, 100), (False, True), limits.items(), (0.5, 1.0))
+    for effective, again, (limit, most), sd in rules:
+        line, given = [], []
+        for hidden in ("centre", "top"):
+            found = []
+            for name, numbers in cases:
+                if name == hidden:
+                    asked = [numbers.get(f"0 {k}") for k in range(1, options.rounds // (1 + again) + 1)]
+                    passes = [x["rounds"] for x in asked if x and x["effective"] >= effective and x["sd"] <= sd
+                              and x["k"] <= most(x)]
+                    found.append(f"{passes[0] * again} {passes[0] * (1 + again)}" if passes else None)
+                    given += [numbers[found[-1]]] * bool(passes)
+            line.append(f"{hidden} {len(found) - found.count(None)}/{len(found)}")
+        for by in ("by_p", "by_w"):
+            quarters, chance = chance_of([x[by] for x in given])
+            line.append(f"{by} {' '.join(map(str, quarters))} P {chance:.3f}")
+        for floor, least in floors.items():
+            errors = [max(x["jackknife"], least(x)) for x in given]
+            covered = np.mean([x["below"] <= 2.36 * error for x, error in zip(given, errors)]) if given else math.nan
+            line.append(f"{floor}: {covered:.0%}, {np.median(errors) if given else math.nan:.2f}")
+        print(f"effective {effective}, k {limit}, sd {sd}, {'fresh' if again else 'same'} rounds: " + "; ".join(line))
+
+
+def answer_of(nb, rounds, most):
+    """(The Found that the notebook answers with, or the last that it asked about; whether it answers)."""
+    for k in range(1, most // 2 + 1):
+        asked = joined(nb, rounds[:k])
+        if not nb.doubts_about(asked):
+            return joined(nb, rounds[k : 2 * k]), True
+        if nb.hopeless(asked, most // 2):
             break
-    return found, False
+    return asked, False
 
 
 def replay(nb, options):
-    places, covered, errors, counts = {"log p": [], "log p/g": []}, [], [], {}
-    for path in sorted(Path(options.folder).glob("*.pt")):
-        saved = torch.load(path, weights_only=True)
-        rounds = [nb.Found(**found) for found in saved["rounds"]]
-        found, passed = stopped_at(nb, rounds, options.rounds)
-        of = counts.setdefault(path.name.split("_")[0], [0, 0])
-        of[0] += passed
-        of[1] += 1
-        if not passed:
-            continue
-        for by, value, values in (("log p", saved["log_p"], found.log_p),
-                                  ("log p/g", saved["ratio"], found.log_p - found.log_g)):
-            places[by].append(nb.place_of_truth(value, values, found.log_w))
-        log_evidence, stderr = found.log_evidence()
-        upper = -nb.log_mean(-saved["held"]).item()
-        covered.append(log_evidence + 2.36 * stderr >= upper)
-        errors.append(stderr)
-    for name, (passed, of) in counts.items():
-        print(f"{name}: {passed} of {of} answered")
+    """The notebook's verdict, in the notebook's words."""
+    places, covered, errors, counts = {"log_p": [], "weight": []}, [], [], {}
+    for hidden, saved, rounds in recorded(options):
+        found, passed = answer_of(nb, rounds, min(options.rounds, len(rounds)))
+        counts.setdefault(hidden, []).append(passed)
+        if passed:
+            for by, value, values in (("log_p", saved["log_p"], found.log_p),
+                                      ("weight", saved["ratio"], found.log_p - found.log_g)):
+                places[by].append(nb.place_of_truth(value, values, found.log_w))
+            log_evidence, stderr = found.log_evidence()
+            covered.append(log_evidence + 2.36 * stderr >= -nb.log_mean(-saved["held"]).item())
+            errors.append(stderr)
+
+    def say(name, value, n, how):
+        print(f"{how}: {value:.4g} (n = {n})")
+        if options.keep:
+            keep_apart(nb, f"{options.keep}_{name}", float(value), n=n, how=how)
+
+    for hidden, passed in counts.items():
+        say(f"{hidden}_converged", sum(passed), len(passed), f"model draws, {hidden} hidden: answered")
     for by, found in places.items():
-        quarters = np.histogram(found, 4, (0, 1))[0]
-        square = ((quarters - len(found) / 4) ** 2 / (len(found) / 4)).sum()
-        chance = torch.special.gammaincc(torch.tensor(1.5), torch.tensor(square / 2)).item()
-        print(f"place of the truth by {by}: quarters {quarters}, P = {chance:.4f}")
-    print(f"log_evidence + 2.36 stderr reaches the bound from above in {np.mean(covered):.0%}; median stderr "
-          f"{np.median(errors) if errors else math.nan:.2f}")
+        quarters, chance = chance_of(found)
+        say(f"place_by_{by}_p", chance, len(found), f"P of the truth's places by {by}; quarters {quarters}")
+    say("bound_reached_share", np.mean(covered), len(covered), "log_evidence + 2.36 stderr reaches that from above")
+    say("median_stderr_nats", np.median(errors), len(errors), "median stderr of log_evidence")
+
+
+def sixteen(nb, options):
+    """The tops of the first twenty test images, by the notebook's seeds."""
+    model, guide = released(nb)
+    images, folder, passed = nb.load_mnist(ROOT / "data")[2][:20], Path(options.folder), 0
+    for number, image in enumerate(images.to(model.device)):
+        path = folder / f"sixteen_{number:02d}.json"
+        if not path.exists():
+            seed = 13 + number if number < 10 else 120 + number
+            answer = nb.complete(model, image, hidden_mask("top"), 1, nb.Budget(rounds=16), seed, guide)
+            nb.save_atomically(json.dumps([answer.status, answer.found.rounds, answer.log_evidence]).encode(), path)
+        status, rounds, log_evidence = json.loads(path.read_text())
+        print(f"test image {number}: {status} after {rounds} rounds, log Z = {log_evidence:.2f}", flush=True)
+        passed += status == "converged"
+    keep_apart(nb, "question_g_converged_of_20_at_16_rounds", passed, n=20, how="the first twenty test images")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["record", "replay"])
+    parser.add_argument("what", choices=["record", "candidates", "replay", "sixteen"])
     parser.add_argument("--folder", required=True)
     parser.add_argument("--hidden", choices=["centre", "top"], default="centre")
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=4, help="for replay: the most")
+    parser.add_argument("--rounds", type=int, default=4, help="for candidates and replay: the most")
     parser.add_argument("--seed", type=int, default=2001)
+    parser.add_argument("--part", default="0/1", help="for record: which of how many parts of the images")
+    parser.add_argument("--keep", help="for replay: what the names of its results in apart.json begin with")
     options = parser.parse_args()
-    dict(record=record, replay=replay)[options.what](definitions(), options)
+    Path(options.folder).mkdir(parents=True, exist_ok=True)
+    dict(record=record, candidates=candidates, replay=replay, sixteen=sixteen)[options.what](definitions(), options)
 
 
 if __name__ == "__main__":

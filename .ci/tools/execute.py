@@ -1,12 +1,14 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
 usage: python .ci/tools/execute.py [--fast] [--prove] [--publish] [--in FOLDER] [--timeout SECONDS]
-FOLDER (default: here) holds PixelCNN.ipynb; it gets the outputs, with the settings as they were, after every section.
+FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs, its settings as they were.
 --publish: the released run. With PROVE, from an empty run/; when it has ended, its pictures and results replace those of
-figures/, and the picture of the first screen is drawn anew (hero.py).
+figures/, with what calibrate.py found apart for the same weights, and the picture of the first screen is drawn anew
+(hero.py).
 """
 import argparse
 import copy
+import json
 import re
 import shutil
 import time
@@ -16,6 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 
 TOOLS = Path(__file__).resolve().parent
+APART = TOOLS / "record" / "apart.json"
 
 
 class Telling(NotebookClient):
@@ -46,12 +49,18 @@ def switch_on(notebook, *names):
     return settings, before
 
 
-def publish(made, figures, first_cell):
+def publish(made, figures, first_cell, apart=APART):
     """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell."""
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
-    for path in [*made.glob("*.png"), *made.glob("*.gif"), made / "results.json"]:
+    for path in [*made.glob("*.png"), *made.glob("*.gif")]:
         shutil.copy(path, figures)
+    results = json.loads((made / "results.json").read_text())
+    if apart.exists():
+        found = json.loads(apart.read_text())
+        if found["weights"].items() <= results["weights"].items():
+            results["results"] |= found["results"]
+    (figures / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     hero = (made / "hero.txt").read_text()
     first_cell.source, found = re.subn(r"base64,[A-Za-z0-9+/=]+", lambda _: f"base64,{hero}", first_cell.source)
     assert found == 1, "the first cell has no picture"

@@ -1,13 +1,14 @@
 """Trains the released networks by the notebook's recipes, and says what guides gain.
 
-usage: python .ci/tools/record.py small|guide|leaky --folder FOLDER [--minutes N] [--processes 2] [--initial FILE] [--tiny]
+usage: python .ci/tools/record.py small|guide|leaky --folder FOLDER [--minutes N] [--processes 2] [--initial FILE]
+           [--tiny]
        python .ci/tools/record.py keep --folder FOLDER  (an unfinished guide's state into .ci/tools/record/, 8 MB)
        python .ci/tools/record.py gain FILE ...  (on 640 draws of the released model, an hour of one core for ten files)
 
 On a CPU two processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use
 one where the other core is busy: they wait for each other); on a GPU there is one process. Run again with the same
-folder it goes on where it stopped; with a new one, from the state that was kept. FOLDER holds <name>.state while a network trains, then <name>.pt and SHA256SUMS; of a
-guide also what it was at each validation. --initial: weights to begin with; a guide is trained for the small.pt that
+folder it goes on where it stopped; with a new one, from the state that was kept. FOLDER holds <name>.state while a
+network trains, then <name>.pt and SHA256SUMS; of a guide also what it was at each validation. --initial: weights to begin with; a guide is trained for the small.pt that
 stands in FOLDER, else for the released one. MNIST must be in data/.
 """
 import argparse
@@ -25,9 +26,6 @@ from definitions import ROOT, definitions
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-LEAKY = dict(first_mask="B", images_seen=12_000, batch_size=32, warmup=0.03, decay=1.0, validate_every=100)
-
 
 KEPT = ROOT / ".ci" / "tools" / "record" / "guide.kept"
 
@@ -92,7 +90,7 @@ def recipe(nb, name, model, images, tiny):
     if name == "small":
         return [replace(config, **small) for config in nb.STAGES], images, {}
     if name == "leaky":
-        return [replace(nb.Config(), **{**LEAKY, **small})], images, {}
+        return [replace(nb.LEAKY, **small)], images, {}
     config = replace(nb.GUIDE_CONFIG, **small, encoder=(1, 2)) if tiny else nb.GUIDE_CONFIG
     return [config], nb.fresh_batches(model, images, config), dict(
         network=nb.GuideNetwork, initial=nb.GuideNetwork.starting_from(model, config.encoder),

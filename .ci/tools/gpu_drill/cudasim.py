@@ -1,19 +1,18 @@
 """A pretend CUDA device that really executes, on a CPU-only build of PyTorch.
 
-Tensors "on cuda" are wrapper subclasses (torch.Tensor._make_wrapper_subclass, device cuda:0: so C++ and
-Python see .device == cuda:0, .numpy() refuses, autocast takes CUDA's lists) around a CPU tensor.
-Every op passes `Sim`, a TorchDispatchMode: it checks devices as CUDA would, runs the op on the CPU
-data, wraps the result.  Use:   import cudasim; sim = cudasim.Sim(); sim.__enter__()
+Tensors "on cuda" are wrapper subclasses (torch.Tensor._make_wrapper_subclass, device cuda:0: so C++ and Python see
+.device == cuda:0, .numpy() refuses, autocast takes CUDA's lists) around a CPU tensor. Every op passes `Sim`, a
+TorchDispatchMode: it checks devices as CUDA would, runs the op on the CPU data, wraps the result.
 
-sim.errors: what CUDA would refuse (also raised, as RuntimeError).  sim.ops: Counter of ops on "cuda".
-sim.syncs: host-device synchronisations.  sim.h2d: copies.  sim.live / sim.peak: bytes "on cuda", if memory=True;
-with limit=bytes an operation whose result does not fit raises torch.OutOfMemoryError, as CUDA would.
+sim.errors: what CUDA would refuse (also raised, as RuntimeError). sim.ops: Counter of ops on "cuda". sim.syncs:
+host-device synchronisations. sim.h2d: copies. sim.live, sim.peak: bytes "on cuda", if memory=True; with limit=bytes an
+operation whose result does not fit raises torch.OutOfMemoryError, as CUDA would.
 """
 import collections, ctypes, importlib.util, os, subprocess, sys, tempfile, traceback, weakref
 assert "torch" not in sys.modules, "import cudasim before torch: guard.so must register its hooks first"
 _lib = os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib")
 ctypes.CDLL(os.path.join(_lib, "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-_guard = os.path.join(tempfile.gettempdir(), f"cudasim_guard_{os.getuid()}.so")  # a do-nothing CUDA, built from guard.cpp
+_guard = os.path.join(tempfile.gettempdir(), f"cudasim_guard_{os.getuid()}.so")  # a do-nothing CUDA, of guard.cpp
 _source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guard.cpp")
 if not os.path.exists(_guard) or os.path.getmtime(_guard) < os.path.getmtime(_source):
     _include = os.path.join(os.path.dirname(_lib), "include")
@@ -21,8 +20,10 @@ if not os.path.exists(_guard) or os.path.getmtime(_guard) < os.path.getmtime(_so
                     os.path.join(_include, "torch/csrc/api/include"), _source, "-o", _guard], check=True)
 ctypes.CDLL(_guard)
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.optim.optimizer import _foreach_supported_types as _optimisers_types
 from torch.utils import _pytree as pytree
+from torch.utils._foreach_utils import _foreach_supported_types as _clipping_types
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 torch.autograd.set_multithreading_enabled(False)  # no device threads for a device that is not there
@@ -30,7 +31,8 @@ torch.__future__.set_overwrite_module_params_on_conversion(True)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def pretend(name="Tesla T4 (pretended)", bf16=False):
+def pretend(bf16=False):
+    """A T4, or with bf16 an A100."""
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
@@ -38,7 +40,7 @@ def pretend(name="Tesla T4 (pretended)", bf16=False):
     torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or bf16
     torch.cuda.synchronize = lambda *a: None
     torch.cuda.empty_cache = lambda: None
-    torch.cuda.get_device_name = lambda *a: name
+    torch.cuda.get_device_name = lambda *a: "A100 (pretended)" if bf16 else "Tesla T4 (pretended)"
 
 
 def _lists(i):
@@ -82,13 +84,8 @@ class Gpu(torch.Tensor):
         return self.elem.detach().__reduce_ex__(protocol)
 
 
-# as on CUDA: optimisers and clipping take the foreach way
-from torch.utils import _foreach_utils
-import torch.optim.optimizer as _oo
-for lst in {id(l): l for l in (getattr(_foreach_utils, "_foreach_supported_types", None),
-                               getattr(_oo, "_foreach_supported_types", None)) if isinstance(l, list)}.values():
-    if Gpu not in lst:
-        lst.append(Gpu)
+_optimisers_types.append(Gpu)  # as on CUDA: optimisers and clipping take the foreach way
+_clipping_types.append(Gpu)
 
 SIM = []
 COPIES = {aten.copy_.default, aten._to_copy.default, aten.copy.default}
@@ -97,23 +94,33 @@ INDEX_PUT = {aten.index_put_.default, aten.index_put.default, aten._index_put_im
              aten._unsafe_index_put.default}
 SCALAR_OK = {aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor,
              aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor}
-VIEWS = {"view", "_unsafe_view", "select", "slice", "transpose", "permute", "t", "expand", "unsqueeze",
-         "squeeze", "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "diagonal",
-         "unfold", "view_as", "_reshape_alias", "chunk", "_conj", "lift_fresh", "is_same_size",
-         "numpy_T", "real", "view_as_real"}
+POINTWISE = {"where", "lerp", "add", "sub", "mul", "div", "addcmul", "addcdiv", "clamp", "maximum", "minimum"}
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave",
+         "bincount", "unique_consecutive"}
+VIEWS = {"view", "_unsafe_view", "select", "slice", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze",
+         "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "diagonal", "unfold", "view_as",
+         "_reshape_alias", "chunk", "_conj", "lift_fresh", "is_same_size", "numpy_T", "real", "view_as_real"}
+# FLOPs a second, float32 and half precision: a tenth of the peak, or a third
+RATES = {"T4": (8.1e12 / 10, 65e12 / 10), "A100": (19.5e12 / 3, 312e12 / 3)}
 
 
-class Mismatch(RuntimeError):
-    pass
+def launches_and_views(ops):
+    """How many of each are in a Counter of operations."""
+    views = sum(count for name, count in ops.items() if name in VIEWS)
+    return sum(ops.values()) - views, views
+
+
+def seconds(launches, views, flops, half=0):
+    """What that takes on each card, by the rates of counts.py."""
+    waiting = 8e-6 * launches + 2e-6 * views
+    return {card: max(waiting, flops / rates[half]) for card, rates in RATES.items()}
 
 
 class Sim(TorchDispatchMode):
     def __init__(self, memory=False, limit=None):
-        self.limit = limit
         super().__init__()
         self.errors, self.ops, self.syncs, self.h2d = [], collections.Counter(), collections.Counter(), 0
-        self.memory, self.live, self.peak, self.seen, self.peak_at = memory, 0, 0, {}, None
-        self.mixed = collections.Counter()
+        self.memory, self.limit, self.live, self.peak, self.seen = memory, limit, 0, 0, {}
 
     def __enter__(self):
         SIM.append(self)
@@ -127,27 +134,19 @@ class Sim(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def fail(self, func, why):
-        where = [f"{f.filename}:{f.lineno} {f.line}" for f in traceback.extract_stack()
-                 if "cell" in f.filename][-3:]
+        where = [f"{f.filename}:{f.lineno} {f.line}" for f in traceback.extract_stack() if "cell" in f.filename][-3:]
         self.errors.append((str(func), why, where))
-        raise Mismatch(f"{func}: {why}")
+        raise RuntimeError(f"{func}: {why}")
 
     def wrap(self, x):
-        if self.memory:
-            st = x.untyped_storage()
-            key = st._cdata
-            if key not in self.seen:
-                size = -(-st.nbytes() // 512) * 512   # the caching allocator rounds to 512 bytes
-                self.seen[key] = size
-                self.live += size
-                if self.live > self.peak:
-                    self.peak = self.live
-                    if self.memory == "where":
-                        self.peak_at = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack()
-                                        if "cell" in f.filename][-6:]
-                weakref.finalize(st, self.forget, key)
-                if self.limit is not None and self.live > self.limit:
-                    raise torch.OutOfMemoryError("pretended CUDA: out of memory")
+        if self.memory and (storage := x.untyped_storage())._cdata not in self.seen:
+            key = storage._cdata
+            self.seen[key] = -(-storage.nbytes() // 512) * 512  # the caching allocator rounds to 512 bytes
+            self.live += self.seen[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, key)
+            if self.limit is not None and self.live > self.limit:
+                raise torch.OutOfMemoryError("pretended CUDA: out of memory")
         return Gpu(x)
 
     def forget(self, key):
@@ -177,8 +176,7 @@ class Sim(TorchDispatchMode):
                 self.syncs["copy to cpu"] += 1
             elif not isinstance(args[1], Gpu):
                 self.h2d += 1
-        elif name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim",
-                      "repeat_interleave", "bincount", "unique_consecutive"):
+        elif name in WAITS:
             self.syncs[name] += 1
         elif func in INDEX or func in INDEX_PUT:
             for i in args[1]:
@@ -188,50 +186,34 @@ class Sim(TorchDispatchMode):
                     self.h2d += 1
         self.ops[name] += 1
         owner = {id(g.elem): g for g in gpu}
-        flat = [a.elem if isinstance(a, Gpu) else a for a in flat]
-        a, k = pytree.tree_unflatten(flat, spec)
+        a, k = pytree.tree_unflatten([x.elem if isinstance(x, Gpu) else x for x in flat], spec)
         if device is not None:
             k["device"] = CPU
         out = func(*a, **k)
         if device is not None and not to_cuda:
             return out
-        if isinstance(out, torch.Tensor):
-            return owner.get(id(out)) if id(out) in owner else self.wrap(out)
-        if isinstance(out, (tuple, list)):
-            return pytree.tree_map(lambda o: (owner.get(id(o)) if id(o) in owner else self.wrap(o))
-                                   if isinstance(o, torch.Tensor) else o, out)
-        return out
+        return pytree.tree_map_only(torch.Tensor, lambda x: owner[id(x)] if id(x) in owner else self.wrap(x), out)
 
     def check(self, func, name, args, kwargs, gpu, cpu):
-        self.mixed[(name, tuple(cpu[0].shape) if len(cpu[0].shape) < 1 else "nd")] += 1
+        """Of an operation on tensors of both devices: fail where CUDA would."""
         if func in INDEX:
             if not isinstance(args[0], Gpu):
                 self.fail(func, "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-            return
-        if func in INDEX_PUT:
-            self_, indices, values = args[:3]
-            if not isinstance(self_, Gpu):
+        elif func in INDEX_PUT:
+            changed, _, values = args[:3]
+            if not isinstance(changed, Gpu):
                 self.fail(func, "indices or values on cuda for an indexed tensor on cpu")
             if not isinstance(values, Gpu) and values.dim() > 0:
                 self.fail(func, "index_put_: values on cpu, self on cuda")
-            return
-        inplace = name.endswith("_") and not name.startswith("__")
-        first = args[0] if args else None
-        if name.startswith("_foreach"):
-            # grouped by device only if each position agrees
-            lists = [x for x in args if isinstance(x, (list, tuple))]
-            for items in zip(*lists):
-                kinds = {isinstance(i, Gpu) for i in items if isinstance(i, torch.Tensor) and i.dim() > 0}
-                if len(kinds) > 1:
+        elif name.startswith("_foreach"):  # grouped by device only if each position agrees
+            for items in zip(*(x for x in args if isinstance(x, (list, tuple)))):
+                if len({isinstance(i, Gpu) for i in items if isinstance(i, torch.Tensor) and i.dim() > 0}) > 1:
                     self.fail(func, "foreach over tensors of different devices")
-            return
-        pointwise = torch.Tag.pointwise in func.tags or func in SCALAR_OK or name in ("where", "lerp", "add",
-                    "sub", "mul", "div", "addcmul", "addcdiv", "clamp", "maximum", "minimum")
-        if pointwise and all(c.dim() == 0 for c in cpu) and not (
-                (inplace and not isinstance(first, Gpu)) or
-                any(o is not None and not isinstance(o, Gpu) for o in [kwargs.get("out")])):
+        else:
+            out = args[0] if name.endswith("_") and not name.startswith("__") else kwargs.get("out")
+            pointwise = torch.Tag.pointwise in func.tags or func in SCALAR_OK or name in POINTWISE
+            if not pointwise or any(c.dim() > 0 for c in cpu) or out is not None and not isinstance(out, Gpu):
+                shapes = [("cuda" if isinstance(x, Gpu) else "cpu", tuple(x.shape)) for x in gpu + cpu]
+                self.fail(func, f"Expected all tensors to be on the same device: {shapes}")
             if name in ("masked_fill", "masked_fill_") and not isinstance(args[1], Gpu):
                 self.fail(func, "mask on cpu")
-            return
-        shapes = [("cuda" if isinstance(x, Gpu) else "cpu", tuple(x.shape)) for x in gpu + cpu]
-        self.fail(func, f"Expected all tensors to be on the same device: {shapes}")

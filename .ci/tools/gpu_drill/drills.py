@@ -9,7 +9,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,11 +17,11 @@ import cudasim
 import graphs
 import torch
 from definitions import definitions, train_until
-from faults import Infinite, broken_compile
+from faults import Infinite
 
 BF16 = "--bf16" in sys.argv
 torch.set_num_threads(1)
-graphs.pretend("A100 (pretended)" if BF16 else "Tesla T4 (pretended)", BF16)
+graphs.pretend(BF16)
 nb = definitions()
 
 CONFIG = nb.Config(height=6, width=6, levels=4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4,
@@ -36,7 +35,7 @@ for parameter in NETWORK.parameters():
     parameter.add_(0.1 * torch.randn_like(parameter))
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
-BUDGET = nb.Budget(particles=8, runs=4, rounds=1)
+BUDGET = nb.Budget(particles=8, runs=4, rounds=2)
 CUDA = torch.device("cuda", 0)
 
 
@@ -82,27 +81,11 @@ def compare(function):
                 same(one, other)
 
 
-FEW = torch.ones(6, 6, dtype=torch.bool)
-FEW[2, 2:4] = False  # few enough for their 16 completions to be numbered
-SUPPORT = IMAGES[:1].repeat(16, 1, 1)
-SUPPORT[:, 2, 2:4] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)  # as all_images counts
-TABLE = nb.exact_posterior(SUPPORT, nb.log_prob(MODEL, SUPPORT), IMAGES[0], FEW)
-
-
-def told(guide, known):
-    """The guide told of the first image, on its own device."""
-    return guide.told(*(x.to(guide.model.device) for x in (IMAGES[:1], known)))
-
-
-def runs(guide, known, reference=False, **rest):
+def runs(guide, reference=False, **rest):
     """Three runs of smc for the first image."""
     images = IMAGES[:1].to(guide.model.device).expand(3, -1, -1)
-    return nb.smc(told(guide, known)[torch.zeros(3, dtype=torch.long)], images, 8, [1, 2, 3],
-                  images if reference else None, **rest)
-
-
-def table_for(model):
-    return tuple(x.to(model.device) if torch.is_tensor(x) else x for x in TABLE)
+    told = guide.told(images, KNOWN.to(images.device))
+    return nb.smc(told, images, 8, [1, 2, 3], images if reference else None, **rest)
 
 
 SAME_CALL = {
@@ -120,16 +103,15 @@ SAME_CALL = {
     "complete with a guide": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(KNOWN), 4, BUDGET, guide=g),
     "log_probs_and_weights": lambda m, g, to: nb.log_probs_and_weights(
         g, *(x.to(m.device) for x in (IMAGES, KNOWN))),
-    "runs_against_table": lambda m, g, to: list(nb.runs_against_table(told(g, FEW), table_for(m), 20).values()),
     "complete, prefix": lambda m, g, to: nb.complete(m, to(IMAGES[0]), to(~KNOWN), 4, BUDGET),
     "gibbs_sweep": lambda m, g, to: nb.gibbs_sweep(m, to(IMAGES[0]), KNOWN, torch.Generator().manual_seed(0)),
     "forward_gibbs": lambda m, g, to: nb.forward_gibbs(m, to(IMAGES[0]), KNOWN, 5, 1),
-    "smc": lambda m, g, to: runs(g, KNOWN),
-    "smc, the model alone": lambda m, g, to: runs(nb.Guide(m), KNOWN),
-    "smc with a reference": lambda m, g, to: runs(g, KNOWN, True),
-    "smc without looks and copies": lambda m, g, to: runs(g, KNOWN, looks={}, copies=1),
+    "smc": lambda m, g, to: runs(g),
+    "smc, the model alone": lambda m, g, to: runs(nb.Guide(m)),
+    "smc with a reference": lambda m, g, to: runs(g, True),
+    "smc without looks and copies": lambda m, g, to: runs(g, looks={}, copies=1),
     "gibbs_chains": lambda m, g, to: nb.gibbs_chains(g, IMAGES[:3].to(m.device), KNOWN.to(m.device), 2, 0),
-    "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g, KNOWN), 1),
+    "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g), 1),
     "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "fresh_batches": lambda m, g, to: nb.fresh_batches(m, IMAGES, CONFIG, steps=2)(3),
@@ -138,25 +120,19 @@ SAME_CALL = {
     "FastNetwork, one pass": lambda m, g, to: nb.FastNetwork(m).logits(IMAGES.to(m.device)),
     "FastNetwork in half precision": lambda m, g, to: nb.FastNetwork(m, torch.bfloat16).logits(
         IMAGES.to(m.device)).float().log_softmax(1).mean(),
-    "completion_codes": lambda m, g, to: nb.completion_codes(to(IMAGES), to(FEW), 4),
-    **{f"chi_square_after_moves, {name}": lambda m, g, to, of=of: nb.chi_square_after_moves(
-        told(of(m, g), FEW), table_for(m), n=64)
-        for name, of in (("model", lambda m, g: nb.Guide(m)), ("guide", lambda m, g: g))},
 }
 
 
 def memory_halved():
     """Half the memory that eight runs of 32 particles take: the same answer in smaller parts."""
-    budget = nb.Budget(32, 8, 1)
+    budget = nb.Budget(32, 8, 2)
     answers, peaks = [], []
-    for limit in (None, 0.6):
+    for share in (None, 0.6):
         guide = guide_on_card()  # a fresh one: graphs of rows hold memory too
-        with cudasim.Sim(memory=True) as sim:
-            sim.limit = limit and limit * peaks[0]
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                answers.append(nb.complete(guide.model, IMAGES[0], KNOWN, 4, budget, guide=guide))
-            peaks.append(sim.peak)
+        with (cudasim.Sim(memory=True, limit=share and share * peaks[0]) as sim,
+              warnings.catch_warnings(record=True, action="always") as said):
+            answers.append(nb.complete(guide.model, IMAGES[0], KNOWN, 4, budget, guide=guide))
+        peaks.append(sim.peak)
     assert any("no GPU memory for" in str(w.message) for w in said), "nothing was halved"
     for one, other in zip(*map(numbers, answers)):
         same(one, other)
@@ -166,22 +142,22 @@ def promise_in_half_precision():
     """In the card's own half precision particles go on, whose weights are finite."""
     guide = guide_on_card()
     assert guide.quick.table.dtype == (torch.bfloat16 if BF16 else torch.float16)
-    found = runs(guide, KNOWN)
+    found = runs(guide)
     assert found.log_w.isfinite().all() and (found.draws[:, :, KNOWN] == IMAGES[0, KNOWN]).all()
 
 
 def replayed():
     """`sample` and `smc` replay rows: all but the first of a kind."""
     guide = guide_on_card()
-    for draw, most in ((lambda: nb.sample(guide.model, 5), 5), (lambda: runs(guide, KNOWN), 1)):
+    for draw, most in ((lambda: nb.sample(guide.model, 5), 5), (lambda: runs(guide), 1)):
         before = sim.ops["graph replay"]
         draw()
         assert sim.ops["graph replay"] - before >= most, "nothing was replayed"
     before = sim.ops.total()
-    runs(guide, KNOWN)
+    runs(guide)
     again = sim.ops.total() - before
     guide.fast[1].graphs.clear()
-    runs(guide, KNOWN)
+    runs(guide)
     assert sim.ops.total() - before > 2.5 * again, "a graph is made anew for each call"
 
 
@@ -189,8 +165,7 @@ def without_graphs(planted):
     """Capture that fails, or a replay that is off: one warning for each kind of row, and the same draws."""
     wanted = nb.sample(MODEL, 5, seed=2)
     model = on_card(MODEL)
-    with warnings.catch_warnings(record=True) as said, planted:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as said, planted:
         same(nb.sample(model, 5, seed=2), wanted)
     assert sum("no CUDA graph of a row" in str(w.message) for w in said) == 1, [str(w.message) for w in said]
 
@@ -208,14 +183,12 @@ class Stale(torch.cuda.CUDAGraph):
 
 def stopped_and_resumed(first, then):
     """Training on device `first`, stopped after 13 steps, goes on on device `then`."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         path = Path(folder) / "model.pt"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            train_until(nb, 13, CONFIG, IMAGES, IMAGES[:20], path=path, device=first)
-            model, history = nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=then)
-            assert history[-1]["images"] == 640
-            whole, _ = nb.train(CONFIG, IMAGES, IMAGES[:20], path=Path(folder) / "whole.pt", device=then)
+        train_until(nb, 13, CONFIG, IMAGES, IMAGES[:20], path=path, device=first)
+        model, history = nb.train(CONFIG, IMAGES, IMAGES[:20], path=path, device=then)
+        assert history[-1]["images"] == 640
+        whole, _ = nb.train(CONFIG, IMAGES, IMAGES[:20], path=Path(folder) / "whole.pt", device=then)
     assert all(p.isfinite().all() for p in model.parameters())
     if first == then:
         for one, other in zip(model.parameters(), whole.parameters()):
@@ -247,20 +220,6 @@ def overflow(where):
     assert saved[0]["scaler"]["scale"] == saved[1]["scaler"]["scale"] / 2
 
 
-def without_a_compiler():
-    """torch.compile that fails: one warning, and the run goes on without it."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.compile, real = broken_compile, torch.compile
-        try:
-            _, history = nb.train(replace(CONFIG, images_seen=64), IMAGES, IMAGES[:20], path=Path(folder) / "model.pt",
-                                  device="cuda", compiled=True)
-        finally:
-            torch.compile = real
-    assert history[-1]["images"] == 64
-    assert sum("torch.compile failed (RuntimeError)" in str(w.message) for w in said) == 1
-
-
 DRILLS = {name: lambda call=call: compare(call) for name, call in SAME_CALL.items()}
 DRILLS["complete with memory for a part of the particles"] = memory_halved
 DRILLS["smc with promises in half precision"] = promise_in_half_precision
@@ -270,7 +229,6 @@ DRILLS["sample where a replay is off"] = lambda: without_graphs(patch.object(tor
 DRILLS["train, stopped and resumed"] = lambda: stopped_and_resumed("cuda", "cuda")
 DRILLS["train, begun on a CPU"] = lambda: stopped_and_resumed("cpu", "cuda")
 DRILLS["train, gone on with on a CPU"] = lambda: stopped_and_resumed("cuda", "cpu")
-DRILLS["train without a compiler"] = without_a_compiler
 if not BF16:  # float16 alone has a scaler
     DRILLS["train, overflow in AdamW's part"] = lambda: overflow("head")
     DRILLS["train, overflow in Muon's part"] = lambda: overflow("first")

@@ -13,10 +13,3 @@ class Infinite(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         return torch.full_like(context.like, float("inf"))
-
-
-def broken_compile(model):
-    """In place of torch.compile."""
-    def call(*_):
-        raise RuntimeError("Triton does not know this GPU")
-    return call
