@@ -157,9 +157,10 @@ def candidates(nb, options):
                     asked = [numbers.get(f"0 {k}") for k in range(1, options.rounds // (1 + again) + 1)]
                     passes = [x["rounds"] for x in asked if x and x["effective"] >= effective and x["sd"] <= sd
                               and x["k"] <= most(x)]
-                    found.append(f"{passes[0] * again} {passes[0] * (1 + again)}" if passes else None)
-                    given += [numbers[found[-1]]] * bool(passes)
-            line.append(f"{hidden} {len(found) - found.count(None)}/{len(found)}")
+                    found.append(bool(passes))
+                    if passes:
+                        given.append(numbers[f"{passes[0] * again} {passes[0] * (1 + again)}"])
+            line.append(f"{hidden} {sum(found)}/{len(found)}")
         for by in ("by_p", "by_w"):
             quarters, chance = chance_of([x[by] for x in given])
             line.append(f"{by} {' '.join(map(str, quarters))} P {chance:.3f}")
