@@ -7,10 +7,11 @@ usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top
 record: four rounds (eight for every fifth image) as `complete` makes them, and four rounds of eight runs that hold the
 truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share
 the images). candidates: other thresholds, on other numbers, each asked after every round and stopped where it passes;
-the answer is what was asked about, or as many fresh rounds. replay: the notebook's own verdict. Both say how many are
-answered, in which quarters the truth's place stands by log p and by log p/g (P of a chi-square at least as large), and
-how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many of the first twenty test images'
-tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json; a published run takes it over.
+the answer is what passes, as many fresh rounds, or all that are left. replay: the notebook's own verdict. Both say how
+many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a chi-square at least as
+large), and how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many of the first twenty
+test images' tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json; a published run
+takes it over.
 """
 import argparse
 import functools
@@ -139,7 +140,7 @@ def candidates(nb, options):
     """A line for each rule: how right is what passes it first, or as many rounds again."""
     path = Path(options.folder) / "numbers.json"  # they take minutes
     if not path.exists():
-        spans = [(0, k) for k in range(1, 9)] + [(k, 2 * k) for k in range(1, 5)]
+        spans = {*itertools.combinations(range(9), 2)}
         path.write_text(json.dumps([
             (name, {f"{i} {j}": numbers_of(nb, saved, joined(nb, rounds[i:j])) for i, j in spans if j <= len(rounds)})
             for name, saved, rounds in recorded(options)]))
@@ -147,19 +148,22 @@ def candidates(nb, options):
     limits = {"none": lambda x: math.inf, "usual": lambda x: x["usual_k"], "0.7": lambda x: 0.7, "0.8": lambda x: 0.8,
               "0.9": lambda x: 0.9, "1": lambda x: 1.0}
     floors = {"2/N": lambda x: 2 / x["effective"], "0.1": lambda x: 0.1, "0.2": lambda x: 0.2, "0.3": lambda x: 0.3}
-    rules = itertools.product((10, 20, 50, 100), (False, True), limits.items(), (0.5, 1.0))
-    for effective, again, (limit, most), sd in rules:
+    most = options.rounds
+    answers = {"what passes": (most, lambda k: f"0 {k}"), "as many again": (most // 2, lambda k: f"{k} {2 * k}"),
+               "all that are left": (most - 1, lambda k: f"{k} {most}")}
+    rules = itertools.product((10, 20, 50, 100), answers.items(), limits.items(), (0.5, 1.0))
+    for effective, (answer, (asked, span)), (limit, largest), sd in rules:
         line, given = [], []
         for hidden in ("centre", "top"):
             found = []
             for name, numbers in cases:
                 if name == hidden:
-                    asked = [numbers.get(f"0 {k}") for k in range(1, options.rounds // (1 + again) + 1)]
-                    passes = [x["rounds"] for x in asked if x and x["effective"] >= effective and x["sd"] <= sd
-                              and x["k"] <= most(x)]
+                    tried = [numbers[f"0 {k}"] for k in range(1, asked + 1) if span(k) in numbers]
+                    passes = [x["rounds"] for x in tried if x["effective"] >= effective and x["sd"] <= sd
+                              and x["k"] <= largest(x)]
                     found.append(bool(passes))
                     if passes:
-                        given.append(numbers[f"{passes[0] * again} {passes[0] * (1 + again)}"])
+                        given.append(numbers[span(passes[0])])
             line.append(f"{hidden} {sum(found)}/{len(found)}")
         for by in ("by_p", "by_w"):
             quarters, chance = chance_of([x[by] for x in given])
@@ -168,7 +172,7 @@ def candidates(nb, options):
             errors = [max(x["jackknife"], least(x)) for x in given]
             covered = np.mean([x["below"] <= 2.36 * error for x, error in zip(given, errors)]) if given else math.nan
             line.append(f"{floor}: {covered:.0%}, {np.median(errors) if given else math.nan:.2f}")
-        print(f"effective {effective}, k {limit}, sd {sd}, {'fresh' if again else 'same'} rounds: " + "; ".join(line))
+        print(f"effective {effective}, k {limit}, sd {sd}, {answer}: " + "; ".join(line))
 
 
 def answer_of(nb, rounds, most):
