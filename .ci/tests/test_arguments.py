@@ -1,6 +1,7 @@
 """Wrong shapes, types and ranges: a ValueError names the argument."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ def runs(nb, model, seeds, reference=None):
     return nb.smc(nb.Guide(model).told(IMAGE[None], KNOWN), IMAGE[None], 4, seeds, reference)
 
 
+def train(nb, model, images, validation):
+    return nb.train(model.config, images, validation, path=Path("none.pt"), device="cpu")
+
+
 WRONG = [  # what is said, what is done
     ("images: .*float32", lambda nb, model: nb.log_prob(model, torch.zeros(1, 3, 3))),
     (r"images: .*shape \[3, 3\]", lambda nb, model: nb.log_prob(model, IMAGE)),
@@ -22,6 +27,8 @@ WRONG = [  # what is said, what is done
     ("images: .*-1", lambda nb, model: nb.log_prob(model, torch.full((1, 3, 3), -1))),
     ("images: .*bool", lambda nb, model: nb.log_prob(model, KNOWN[None])),
     ("images: .*batch of 64, got 2", lambda nb, model: nb.batch_at(TWO, model.config, 0)),
+    ("images: .*float32", lambda nb, model: train(nb, model, torch.zeros(64, 3, 3), TWO)),
+    ("validation: .*4..4", lambda nb, model: train(nb, model, TWO, TWO + 4)),
     ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
     ("known: .*uint8", lambda nb, model: nb.sample(model, 3, image=IMAGE, known=IMAGE)),
     ("image: expected one or 3, got 2", lambda nb, model: nb.sample(model, 3, image=TWO, known=KNOWN)),

@@ -98,6 +98,12 @@ def test_a_run_changes_no_released_file(executed):
     assert changed_files(executed[1]) == [" M figures/results.json"]
 
 
+def settings_cell(cells):
+    """What stands in the cell below the settings."""
+    (source,) = [s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("device = pick_device")]
+    return source
+
+
 @pytest.mark.parametrize("settings, where", [
     ({}, "checkpoints"), ({"FAST": True}, "run/fast"), ({"TRAIN_ANEW": True}, "run"),
     ({"TRAIN_ANEW": True, "SAVE_DIR": "mine"}, "mine"), ({"FAST": True, "TRAIN_ANEW": True}, "run/fast")])
@@ -107,7 +113,7 @@ def test_what_is_trained_goes_where_nothing_is_released(nb, root, cells, config,
     monkeypatch.chdir(folder)
     module = {**vars(nb), "FAST": False, "PROVE": False, "DEVICE": "cpu", "TRAIN_ANEW": False, "REPO_URL": "",
               "SAVE_DIR": "checkpoints", **settings}
-    (source,) = [s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("device = pick_device")]
+    source = settings_cell(cells)
     exec(source, module)
     assert str(module["WEIGHTS"]) == where
     if module["TRAIN_ANEW"]:
@@ -116,6 +122,23 @@ def test_what_is_trained_goes_where_nothing_is_released(nb, root, cells, config,
                          device="cpu", anew=True)
         assert (folder / where / "small.pt").exists()
     assert changed_files(folder) == (["?? mine/"] if where == "mine" else [])
+    with pytest.raises(ValueError, match="SAVE_DIR: .*no/drive/here"):
+        exec(source, {**module, "FAST": False, "SAVE_DIR": "no/drive/here"})
+    module |= {"TRAIN_ANEW": True, "FAST": False, "SAVE_DIR": str(folder / "checkpoints")}
+    exec(source, module)
+    assert str(module["WEIGHTS"]) == "run"
+
+
+def test_training_anew_goes_on_where_it_was_stopped(nb, cells, tmp_path, monkeypatch):
+    """Stopped in the guide, the last of the three, it does not train the others again."""
+    monkeypatch.chdir(tmp_path)
+    module = {**vars(nb), "FAST": False, "DEVICE": "cpu", "TRAIN_ANEW": True, "REPO_URL": "", "SAVE_DIR": "checkpoints"}
+    source = settings_cell(cells)
+    for stopped in (False, True):
+        exec(source, module)
+        assert str(module["WEIGHTS"]) == "run" and module["anew"] == (not stopped)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "small_guide.state").touch()
 
 
 def test_a_whole_run_is_published(tmp_path):

@@ -91,7 +91,8 @@ def test_a_picture_of_any_size_is_made_into_what_the_digits_are(nb, tmp_path, si
 
 
 def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
-    """Light on dark, on another ground, in colour, on a transparent ground, on a palette, in 16 bits; near a corner."""
+    """Light on dark, on another ground, in colour, on a transparent ground, on a palette, in 16 bits (the ink
+    a dark grey too); near a corner."""
     dark = drawn_seven()
     grey, image = np.asarray(dark), as_read(nb, dark, tmp_path)
     see_through = np.zeros((*grey.shape, 4), dtype=np.uint8)
@@ -100,9 +101,20 @@ def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
     for other in (Image.fromarray(255 - grey), drawn_seven(ground=200, ink=90), Image.fromarray(see_through),
                   Image.fromarray(colour), dark.convert("P"), dark.convert("1"),
                   Image.fromarray(grey.astype(np.uint16) * 257),
+                  Image.fromarray((grey / 255 * 54_000 + 6_000).astype(np.uint16)),
                   *(Image.fromarray(np.roll(grey, shift, (0, 1))) for shift in ((-50, -60), (50, 60), (-50, 60)))):
         assert torch.equal(as_read(nb, other, tmp_path), image), other.mode
     assert not torch.equal(as_read(nb, dark.rotate(90), tmp_path), image)
+
+
+def test_a_photograph_stands_as_the_camera_was_held(nb, tmp_path):
+    """Stored on its side, with the orientation that a camera notes; the control: without it."""
+    held, sideways = Image.Exif(), drawn_seven().transpose(Image.Transpose.ROTATE_90)
+    held[274] = 6  # turn by 90 degrees, clockwise
+    sideways.save(tmp_path / "photo.png", exif=held)
+    assert_a_seven_like_mnist(nb.read_picture(tmp_path / "photo.png"))
+    with pytest.raises(AssertionError):
+        assert_a_seven_like_mnist(as_read(nb, sideways, tmp_path))
 
 
 def test_a_thin_line_and_a_dot_are_pictures_too(nb, tmp_path):

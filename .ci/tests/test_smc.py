@@ -393,7 +393,7 @@ def test_kin_of_one_eve_share_the_rows_above_the_first_look_and_others_do_not(nb
 def test_looks_stand_inside_the_hidden_rows_and_before_known_ones(nb):
     rows = torch.arange(28)[:, None].expand(28, 28)
     assert list(nb.look_rows(rows >= 14, nb.LOOKS)) == [5, 7, 10, 12]
-    assert list(nb.look_rows((rows < 10) | (rows >= 18), nb.LOOKS)) == [13, 14, 16, 17]
+    assert list(nb.look_rows((rows < 10) | (rows >= 18), nb.LOOKS)) == [13, 14, 16]
     assert list(nb.look_rows(rows % 2 == 0, nb.LOOKS))[0] > 1
     for known in (rows < 14, rows >= 1, rows >= 0, rows < 0):
         assert nb.look_rows(known, nb.LOOKS) == {}

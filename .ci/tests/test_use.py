@@ -67,5 +67,5 @@ def test_the_program_for_other_data_runs_in_small(cells, folder):
         said = run(start + "torch.set_num_threads(1)\n" + small, folder)
         assert float(re.search(r"bits a pixel tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
         assert ("training model.pt" in said and "training guide.pt" in said) == trained
-    for made in ("run/other.png", "other/model.pt", "other/guide.pt"):
+    for made in ("other/draws.png", "other/model.pt", "other/guide.pt"):
         assert (folder / made).exists()
