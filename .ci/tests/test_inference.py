@@ -203,28 +203,6 @@ def test_descendants_of_one_particle_count_as_one_lineage(nb):
     assert abs(one.lineages - 1 / ((21 / 40) ** 2 + 19 / 1600)) < 1e-9
 
 
-@pytest.mark.parametrize("runs", [9, 8])
-def test_interrupted_it_returns_what_it_has(nb, tiny, evidence, monkeypatch, runs):
-    """In the second round, which decides or answers; before anything is found, the interrupt itself."""
-    known, real, calls = known_mask(0, 1, 2), nb.smc, []
-
-    def interrupted(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(nb, "smc", interrupted)
-    monkeypatch.setattr(nb, "MIN_RUNS", runs)  # with nine the first round does not pass
-    answer = nb.complete(tiny, evidence[1], known, 4, nb.Budget(32))
-    assert len(calls) == 2 and answer.status == "not converged" and "stopped" in answer.doubts
-    assert (answer.draws[:, known] == evidence[1][known]).all() and answer.log_evidence_stderr is None
-    assert answer.found.rounds == 1
-    calls[:] = [None]
-    with pytest.raises(KeyboardInterrupt):
-        nb.complete(tiny, evidence[1], known)
-
-
 def test_each_doubt_is_raised_by_what_it_is_for_alone(nb):
     """The last: half the pixels black in the draws of some runs, in none of the others, while log p and log Z agree. In
     every second draw of each run they are no doubt."""

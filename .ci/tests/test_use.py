@@ -45,10 +45,10 @@ def test_the_script_runs(root, cells, folder, where):
     """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
     readme = dict(source=(root / "README.md").read_text())
     (program,) = programs([readme] if where == "README" else cells, "vars(nb))\n")
-    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=2))"
+    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=2), "
     digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
     Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
-    said = run(shortened(program, {"guide=guide)": budget}), folder)
+    said = run(shortened(program, {"guide=guide, ": budget}), folder)
     assert re.fullmatch(r"not converged -\d+\.\d+ None\n", said) and program.count("\n") <= 14
     saved = np.asarray(Image.open(folder / "draws.png").convert("L"))
     assert saved.shape == (32, 122) and saved.min() == 0 and (saved == 255).mean() > 0.5

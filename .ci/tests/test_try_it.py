@@ -1,5 +1,4 @@
-"""The widgets of section 8, made by the notebook's own cell, without a front end: what they hide is completed. And
-pictures: files into images, images into files."""
+"""Section 8.5: the rectangle that a reader hides is completed. And pictures: files into images, images into files."""
 
 import re
 from types import SimpleNamespace
@@ -10,31 +9,22 @@ import torch
 from PIL import Image, ImageDraw
 
 
-@pytest.fixture
-def panel(nb, cells, monkeypatch):
-    """(its widget, its images, what is displayed): the cell as it runs where somebody is there."""
+@pytest.mark.parametrize("hidden", [(4, 7, 9, 10), (0, 0, 0, 0), (27, 27, 0, 27), (5, 6, 27, 27), (0, 27, 0, 27)])
+def test_the_hidden_rectangle_is_completed_and_the_rest_kept(nb, cells, monkeypatch, hidden):
+    """The cell with other numbers, as a reader changes it; a small model."""
     torch.manual_seed(0)
-    config = nb.Config(levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4)
-    images, shown = torch.randint(0, 3, (5, 28, 28), dtype=torch.uint8), []
-    monkeypatch.setattr("ipywidgets.widgets.interaction.display", shown.append)
-    texts = ("".join(cell["source"]) for cell in cells)
-    (source,) = (text for text in texts if "\nif somebody_is_there():" in text)
-    exec(source, dict(vars(nb), somebody_is_there=lambda: True, model=nb.PixelCNN(config).eval(), test_images=images,
-                      guide=None, budget=nb.Budget(4, 2, 2)))
-    return shown.pop(), images, shown
-
-
-@pytest.mark.parametrize("hidden", [((4, 7), (9, 10)), ((0, 0), (0, 0)), ((27, 27), (0, 27)), ((5, 6), (27, 27)),
-                                    ((0, 27), (0, 27))])
-def test_the_hidden_rectangle_is_completed_and_the_rest_kept(nb, panel, monkeypatch, hidden):
-    (widget, images, shown), real, seen = panel, nb.complete, []
+    model = nb.PixelCNN(nb.Config(levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4)).eval()
+    images, shown, real, seen = torch.randint(0, 3, (5, 28, 28), dtype=torch.uint8), [], nb.complete, []
     monkeypatch.setattr(nb, "complete", lambda model, image, known, *rest: seen.append(
         (image, known, real(model, image, known, *rest))) or seen[-1][2])
-    widget.children[0].value, widget.children[1].value, widget.children[2].value = 3, *hidden
-    assert not seen  # nothing runs before the button is pressed
-    widget.manual_button.click()
-    (image, known, completion), (figure,) = seen[0], shown
-    (top, bottom), (left, right) = hidden
+    (source,) = (text for text in ("".join(cell["source"]) for cell in cells) if text.startswith("digit = 1 "))
+    for name, number in zip(("digit", "first_row", "last_row", "first_column", "last_column"), (3, *hidden)):
+        source, found = re.subn(rf"^{name} = \d+", f"{name} = {number}", source, flags=re.M)
+        assert found == 1
+    exec(source, dict(vars(nb), model=model, test_images=images, guide=None, budget=nb.Budget(4, 2, 2),
+                      show=lambda figure, *_: shown.append(figure)))
+    ((image, known, completion),), (figure,) = seen, shown
+    top, bottom, left, right = hidden
     expected = torch.ones(28, 28, dtype=torch.bool)
     expected[top : bottom + 1, left : right + 1] = False
     assert torch.equal(known, expected) and torch.equal(image, images[3])
@@ -43,12 +33,8 @@ def test_the_hidden_rectangle_is_completed_and_the_rest_kept(nb, panel, monkeypa
     assert len(pictures) == 6 and (pictures[0] == images[3].numpy()).all()
     assert all((picture == nb.tinted(draw, known).numpy()).all()
                for picture, draw in zip(pictures[2:], completion.draws))
-    assert completion.status in figure.get_supxlabel() and not nb.plt.get_fignums()
-    assert not widget.manual_button.disabled
-
-
-def test_nobody_is_there_in_a_test(nb):
-    assert not nb.somebody_is_there()
+    assert completion.status in figure.get_supxlabel()
+    nb.plt.close(figure)
 
 
 # Pictures -----------------------------------------------------------------------------------------
