@@ -1,4 +1,4 @@
-"""Section 8.5: the rectangle that a reader hides is completed. And pictures: files into images, images into files."""
+"""Section 8.7: the rectangle that a reader hides is completed. And pictures: files into images, images into files."""
 
 import re
 from types import SimpleNamespace

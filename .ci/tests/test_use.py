@@ -40,7 +40,7 @@ def shortened(program, changes):
     return program
 
 
-@pytest.mark.parametrize("where", ["README", "8.5"])
+@pytest.mark.parametrize("where", ["README", "8.7"])
 def test_the_script_runs(root, cells, folder, where):
     """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
     readme = dict(source=(root / "README.md").read_text())
