@@ -4,14 +4,14 @@ usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top
        python .ci/tools/calibrate.py candidates --folder FOLDER [--rounds 4]
        python .ci/tools/calibrate.py replay --folder FOLDER [--rounds 4] [--keep NAME]
        python .ci/tools/calibrate.py sixteen --folder FOLDER
-record: four rounds (eight for every fifth image) as `complete` makes them, and four rounds of eight runs that hold the
-truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share
-the images). candidates: other thresholds, on other numbers, each asked after every round and stopped where it passes;
-the answer is what passes, as many fresh rounds, or all that are left. replay: the notebook's own verdict. Both say how
-many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a chi-square at least as
-large), and how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many of the first twenty
-test images' tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json; a published run
-takes it over.
+record: four rounds (eight for every fifth image) as `complete` makes them, and, where some rule may answer, four rounds
+of eight runs that hold the truth; a file an image, so that it goes on where it stopped (two such commands, with
+--part 0/2 and --part 1/2, share the images). candidates: other thresholds, on other numbers, each asked after every
+round and stopped where it passes; the answer is what passes, as many fresh rounds, or all that are left. replay: the
+notebook's own verdict. Both say how many are answered, in which quarters the truth's place stands by log p and by
+log p/g (P of a chi-square at least as large), and how often log_evidence + 2.36 stderr reaches the bound from above.
+sixteen: how many of the first twenty test images' tops are answered with sixteen rounds. What --keep and sixteen find
+goes to apart.json; a published run takes it over.
 """
 import argparse
 import functools
@@ -64,10 +64,12 @@ def record(nb, options):
         for k in range(8 if number % 5 == 0 else 4):
             seeds = np.random.SeedSequence([seed, k]).generate_state(budget.runs, np.uint64).tolist()
             rounds.append(nb.smc(told, images, budget.particles, seeds))
-        starts = range(10**7 + 100 * number, 10**7 + 100 * number + 32, 8)
-        held = [nb.smc(told, images, budget.particles, range(start, start + 8), images).log_z for start in starts]
+        held = []
+        if max(joined(nb, map(vars, rounds[:k])).effective_draws for k in range(1, 5)) >= 10:  # else no rule answers
+            starts = range(10**7 + 100 * number, 10**7 + 100 * number + 32, 8)
+            held = [nb.smc(told, images, budget.particles, range(start, start + 8), images).log_z for start in starts]
         log_p, ratio = nb.log_probs_and_weights(guide, image[None], known)[:, 0].tolist()
-        nb.save_atomically(dict(rounds=[vars(found) for found in rounds], held=torch.cat(held), log_p=log_p,
+        nb.save_atomically(dict(rounds=[vars(found) for found in rounds], held=torch.cat([torch.empty(0), *held]), log_p=log_p,
                                 ratio=ratio, particles=budget.particles), path)
         print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
 
@@ -120,10 +122,11 @@ def numbers_of(nb, saved, found):
     log_evidence = nb.log_mean(found.log_z).item()
     without = torch.log1p(-torch.softmax(found.log_z, dim=0))
     sums = sums_by_eve(found, saved["particles"])
+    above = -nb.log_mean(-saved["held"]).item() if len(saved["held"]) else math.nan
     return dict(
         rounds=found.rounds, sd=found.log_z.std().item(), effective=found.effective_draws, k=pareto_k(sums),
         usual_k=min(1 - 1 / math.log10(len(sums)), 0.7), jackknife=nb.jackknife(without).item(),
-        below=-nb.log_mean(-saved["held"]).item() - log_evidence,
+        below=above - log_evidence,
         by_p=nb.place_of_truth(saved["log_p"], found.log_p, found.log_w),
         by_w=nb.place_of_truth(saved["ratio"], found.log_p - found.log_g, found.log_w))
 
