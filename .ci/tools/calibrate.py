@@ -69,8 +69,8 @@ def record(nb, options):
             starts = range(10**7 + 100 * number, 10**7 + 100 * number + 32, 8)
             held = [nb.smc(told, images, budget.particles, range(start, start + 8), images).log_z for start in starts]
         log_p, ratio = nb.log_probs_and_weights(guide, image[None], known)[:, 0].tolist()
-        nb.save_atomically(dict(rounds=[vars(found) for found in rounds], held=torch.cat([torch.empty(0), *held]), log_p=log_p,
-                                ratio=ratio, particles=budget.particles), path)
+        nb.save_atomically(dict(rounds=[vars(found) for found in rounds], held=torch.cat([torch.empty(0), *held]),
+                                log_p=log_p, ratio=ratio, particles=budget.particles), path)
         print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
