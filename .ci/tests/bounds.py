@@ -14,14 +14,11 @@ def t_bound(n):
     return stats.t.isf(FALSE_ALARM / 2, n - 1)
 
 
-def chi_square_bound(freedom):
-    return stats.chi2.isf(FALSE_ALARM, freedom)
-
-
 def agree(counts, expected):
     """Whether counts may be draws with these expectations: chi-square over those above 5."""
     often = expected > 5
-    return ((counts - expected)[often] ** 2 / expected[often]).sum() < chi_square_bound(int(often.sum()))
+    square = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    return square < stats.chi2.isf(FALSE_ALARM, int(often.sum()))
 
 
 MANY = t_bound(10**9)

@@ -5,14 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from definitions import ROOT, definitions, notebook_cells
 
 NOTEBOOK = definitions()  # before a test imports torch, which then reads what the first cell sets for it
-settings.register_profile("repeatable", derandomize=True)  # the same examples in each run
-settings.load_profile("repeatable")
 
 
 def pytest_configure(config):

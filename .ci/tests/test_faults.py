@@ -1,7 +1,5 @@
 """What users' machines do: kill, fill up, corrupt, starve, repeat. Each fault is made for real where it can be."""
 
-import functools
-import http.server
 import math
 import multiprocessing
 import os
@@ -9,7 +7,6 @@ import random
 import resource
 import signal
 import socket
-import threading
 import time
 from dataclasses import replace
 
@@ -17,8 +14,6 @@ import pytest
 import torch
 from definitions import train_until
 from guides import released_guide
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 forks = multiprocessing.get_context("fork")
 PLACE = torch.arange(9).view(3, 3)
@@ -84,55 +79,44 @@ def test_a_silent_network_ends_within_a_minute(nb, tmp_path):
         said = nb.fetch_checkpoint(tmp_path / "mine" / "model.pt", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert "could not be fetched" in said and "timed out" in said and "trained" in said
         assert time.monotonic() - begun < 30 and not (tmp_path / "mine").exists()
-    with nb.impatient_network(3):
-        assert socket.getdefaulttimeout() == 3
     assert socket.getdefaulttimeout() is None
 
 
-sizes = st.integers(1, 5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(height=sizes, width=sizes, levels=st.integers(2, 6), channels=sizes, context=sizes, seed=st.integers(0, 99),
-       dilations=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@pytest.mark.parametrize("height, width, levels, channels, dilations", [
+    (1, 1, 2, 1, (1,)), (1, 5, 6, 2, (3, 1)), (5, 1, 3, 5, (1, 2, 3)), (3, 4, 2, 3, (2,)), (5, 5, 5, 4, (3, 3, 1))])
 def test_any_small_model_survives_a_checkpoint_and_draws_what_it_scores(
-        nb, tmp_path_factory, height, width, levels, channels, context, seed, dilations):
-    torch.manual_seed(seed)
-    model = nb.PixelCNN(nb.Config(height=height, width=width, levels=levels, embedding=3, channels=channels,
-                                  bottleneck=2, dilations=tuple(dilations), context=context)).eval()
-    path = tmp_path_factory.mktemp("any") / "model.pt"
+        nb, tmp_path, height, width, levels, channels, dilations):
+    torch.manual_seed(0)
+    model = nb.PixelCNN(nb.Config(height, width, levels, embedding=3, channels=channels, bottleneck=2,
+                                  dilations=dilations, context=channels)).eval()
+    path = tmp_path / "model.pt"
     nb.save_checkpoint(model, [{"images": 1}], path)
     again = nb.load_checkpoint(path, "cpu")
     assert again.config == model.config and again.history == [{"images": 1}]
-    draws = nb.sample(again, 3, seed=seed)
-    assert torch.equal(draws, nb.sample(model, 3, seed=seed))
+    draws = nb.sample(again, 3)
+    assert torch.equal(draws, nb.sample(model, 3))
     assert draws.shape == (3, height, width) and int(draws.max()) < levels
     assert nb.largest_leak(nb.influence(again, draws[0])) < 1e-12  # rounding
     double = again.double()
     assert (nb.cached_logits(double, draws) - double(draws)).abs().max() < 1e-10
 
 
-def gaps_to_the_table(nb, tiny, table):
-    """How far log Z is from the table's for 74 masks, all pixels and none among them, in standard errors."""
-    gaps = []
+@pytest.mark.parametrize("look", ["right", "forgetful"])
+def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, table, monkeypatch, look):
+    """Detects an error of 7 standard errors in any one of 74 masks, all pixels and none among them. The control: looks
+    whose resampling is not divided out."""
+    if look == "forgetful":
+        monkeypatch.setattr(nb.Particles, "look", nb.look_that_forgets)
+    far = 0
     for number in range(0, 512, 7):
         known = torch.tensor([number >> k & 1 for k in range(9)]).view(3, 3) == 1
         image = nb.sample(tiny, 1, seed=number)[0]
         completion = nb.complete(tiny, image, known, 5, nb.Budget(50, rounds=2), seed=number)
         assert (completion.draws[:, known] == image[known]).all() and completion.draws.shape == (5, 3, 3)
-        stderr = completion.log_evidence_stderr
-        if stderr is None:  # refused
-            stderr = completion.found.log_evidence()[1]
-        gaps.append(abs(completion.log_evidence - nb.exact_posterior(*table, image, known)[2]) / (stderr + 1e-9))
-    return torch.tensor(gaps)
-
-
-def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, table, monkeypatch):
-    """Detects an error of 7 standard errors in any one of 74 masks. The control: looks whose resampling is not divided
-    out."""
-    assert gaps_to_the_table(nb, tiny, table).max() < 7
-    monkeypatch.setattr(nb.Particles, "look", nb.look_that_forgets)
-    assert (gaps_to_the_table(nb, tiny, table) > 7).sum() > 10
+        stderr = completion.found.log_evidence()[1] if completion.found else 0
+        off = abs(completion.log_evidence - nb.exact_posterior(*table, image, known)[2])
+        far += not off <= 7 * stderr + 1e-8
+    assert far == 0 if look == "right" else far > 10
 
 
 @pytest.mark.parametrize("known", [PLACE < 4, PLACE > 4])
@@ -177,13 +161,6 @@ def starve(nb, monkeypatch, where, limit):
         return real(self, *arguments, **named)
 
     monkeypatch.setattr(nb.FastNetwork, where, short)
-
-
-def test_a_batch_too_large_for_the_gpu_is_halved_with_the_same_draws(nb, tiny, monkeypatch):
-    calm = nb.sample(tiny, 30, seed=4)
-    starve(nb, monkeypatch, "new_cache", [15])
-    with pytest.warns(UserWarning, match="^no GPU memory for 30 at once; going on in batches of 15$"):
-        assert torch.equal(nb.sample(tiny, 30, seed=4), calm)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -274,33 +251,15 @@ def test_a_loss_that_explodes_or_is_no_number_stops_the_run(nb, config, images, 
     assert state.read_bytes() == kept and not path.exists()
 
 
-@pytest.fixture
-def server(nb, config, tmp_path):
-    """(address, the file) of a web server over a repository with one checkpoint."""
-    path = tmp_path / "served" / "checkpoints" / "model.pt"
-    nb.save_checkpoint(nb.PixelCNN(config), [], path)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", path
-        running.shutdown()
-
-
-def test_a_checkpoint_is_fetched_with_its_hash(nb, config, server, tmp_path):
-    (address, served), path = server, tmp_path / "mine" / "model.pt"
+def test_a_checkpoint_is_fetched_with_its_hash(nb, config, tmp_path):
+    """And where nobody is, no address, no such file or a damaged one, nothing is left and it says why."""
+    served, path, other = (tmp_path / name / "model.pt" for name in ("served/checkpoints", "mine", "other"))
+    nb.save_checkpoint(nb.PixelCNN(config), [], served)
+    address = (tmp_path / "served").as_uri()
     assert "trained" in nb.fetch_checkpoint(path, "") and not path.exists()
     assert nb.fetch_checkpoint(path, address + "/").endswith("fetched")
     assert path.read_bytes() == served.read_bytes() and nb.load_checkpoint(path, "cpu").config == config
     assert nb.fetch_checkpoint(path, "http://127.0.0.1:9").endswith("here")
-
-
-@pytest.mark.parametrize("fault", ["nobody there", "no such file", "damaged", "no address"])
-def test_a_fetch_that_fails_leaves_nothing_and_says_why(nb, server, tmp_path, fault):
-    path, (address, served) = tmp_path / "mine" / "model.pt", server
-    if fault == "no such file":
-        served.unlink()
-    if fault == "damaged":
-        served.write_bytes(b"half of it")
-    address = {"nobody there": "http://127.0.0.1:9", "no address": "somewhere"}.get(fault, address)
-    assert "could not be fetched" in nb.fetch_checkpoint(path, address)
-    assert not path.parent.exists()
+    served.write_bytes(b"half of it")
+    for address in ("http://127.0.0.1:9", "somewhere", address + "/nowhere", address):
+        assert "could not be fetched" in nb.fetch_checkpoint(other, address) and not other.parent.exists()

@@ -118,7 +118,7 @@ def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
     answer = nb.complete(model, image, known, 1, nb.Budget(32), guide=guide)
     found = answer.found
     drawn = found.draws[:, :, *pixel].flatten().bincount(torch.softmax(found.log_w.flatten(), dim=0), 256)
-    assert answer.status == "converged"
+    assert answer.status == "converged" and answer.remarks == []
     assert abs(answer.log_evidence - exact) < max(0.05, t_bound(8) * found.log_evidence()[1])
     assert (drawn - probs).abs().sum() / 2 < 0.15
 

@@ -113,7 +113,7 @@ def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, 
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
-    """KL(posterior || g) of the 3x3 model after 400 steps is at most 0.9 of the prior's, and it reloads.
+    """KL(posterior || g) of the 3x3 model after 400 steps is at most 0.9 of the prior's.
 
     Of 20 seeds 19 come below 0.5 and one reaches 0.81; without learning it is 1.
     """
@@ -131,7 +131,5 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
         log_g = torch.stack([guide_log_prob(nb, nb.Guide(model, x), support, known) for x in (start, trained)])
         divergence += (posterior * (posterior.log() - log_g)).sum(dim=1)
     assert divergence[1] < 0.9 * divergence[0]
-    again = nb.load_checkpoint(path, "cpu", nb.GuideNetwork)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trained.state_dict().values()))
     with pytest.raises(ValueError, match="of a PixelCNN"):
         nb.load_checkpoint(path, "cpu")

@@ -160,9 +160,7 @@ def test_sample_keeps_known_pixels_and_matches_a_naive_loop_with_them(nb, tiny):
     drawn = nb.sample(tiny, 200, image=image, known=known, seed=5)
     assert (drawn[:, known] == image[known]).all()
     # One sweep of the forward conditional is that same draw, whatever the start: the common mistake.
-    assert torch.equal(drawn, nb.forward_gibbs(tiny, 2 - image * known.byte(), known, 200, 1, 5)) is False
-    start = torch.where(known, image, 1).to(torch.uint8)
-    assert torch.equal(drawn, nb.forward_gibbs(tiny, start, known, 200, 1, 5))
+    assert torch.equal(drawn, nb.forward_gibbs(tiny, torch.where(known, image, 1), known, 200, 1, 5))
 
 
 def test_sample_stops_where_it_is_told(nb, tiny):
@@ -196,17 +194,6 @@ def test_counts_and_running_means_equal_their_definitions(nb, model):
     weights = torch.softmax(k.clamp(-8, 8), dim=0)
     expected = mean.out((weights * v).sum(dim=0))
     assert torch.allclose(mean(h).flatten(1, 2)[0, pixel], expected)
-    assert not torch.allclose(mean(h).flatten(1, 2)[0, pixel], 0.99 * expected)
-
-
-def test_the_fast_counts_equal_the_two_lines_of_the_text(nb):
-    """one_hot and cumsum; from any row on."""
-    images, table = random_images(3) // 32, torch.randn(256, 16, dtype=torch.float64)
-    before = nb.count_earlier(torch.nn.functional.one_hot(images.long(), 256))
-    expected = torch.log1p(before.double()) @ table
-    for first in (0, 1, 13, 27):
-        assert (nb.count_term(images, first, table) - expected[:, first:]).abs().max() < 1e-10
-    assert (nb.count_term(images, 1, table) - expected[:, :-1]).abs().max() > 1e-3  # negative control
 
 
 def test_a_network_in_half_precision_sums_in_float32(nb, model):

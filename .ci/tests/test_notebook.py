@@ -15,14 +15,6 @@ from nbconvert import HTMLExporter
 pytestmark = pytest.mark.slow
 
 
-def cloned(root, folder):
-    """A clone of what is committed, with the notebook as it is here and MNIST."""
-    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{root}", folder], check=True)
-    (folder / "PixelCNN.ipynb").write_bytes((root / "PixelCNN.ipynb").read_bytes())
-    (folder / "data").symlink_to(root / "data")
-    return folder
-
-
 def changed_files(folder):
     """Of a clone, as git sees them; the notebook itself and the link to the data aside."""
     said = subprocess.run(["git", "status", "--porcelain"], cwd=folder, check=True, capture_output=True, text=True)
@@ -33,7 +25,10 @@ def changed_files(folder):
 def executed(root, mnist, tmp_path_factory):
     """(executed notebook, its clone): FAST and PROVE, each cell run twice, and at the end the picture of the first
     screen drawn."""
-    folder = cloned(root, tmp_path_factory.mktemp("run") / "clone")
+    folder = tmp_path_factory.mktemp("run") / "clone"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{root}", folder], check=True)
+    (folder / "PixelCNN.ipynb").write_bytes((root / "PixelCNN.ipynb").read_bytes())  # as it is here
+    (folder / "data").symlink_to(root / "data")
     notebook = nbformat.read(folder / "PixelCNN.ipynb", as_version=4)
     switch_on(notebook, "FAST", "PROVE")
     notebook.cells = [copy.deepcopy(c) for c in notebook.cells for _ in range(1 + (c.cell_type == "code"))]
@@ -98,47 +93,28 @@ def test_a_run_changes_no_released_file(executed):
     assert changed_files(executed[1]) == [" M figures/results.json"]
 
 
-def settings_cell(cells):
-    """What stands in the cell below the settings."""
-    (source,) = [s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("device = pick_device")]
-    return source
-
-
-@pytest.mark.parametrize("settings, where", [
-    ({}, "checkpoints"), ({"FAST": True}, "run/fast"), ({"TRAIN_ANEW": True}, "run"),
-    ({"TRAIN_ANEW": True, "SAVE_DIR": "mine"}, "mine"), ({"FAST": True, "TRAIN_ANEW": True}, "run/fast")])
-def test_what_is_trained_goes_where_nothing_is_released(nb, root, cells, config, tmp_path, monkeypatch, settings, where):
-    """The cell below the settings says where; training anew there leaves the clone as it was."""
-    folder = cloned(root, tmp_path / "clone")
-    monkeypatch.chdir(folder)
-    module = {**vars(nb), "FAST": False, "PROVE": False, "DEVICE": "cpu", "TRAIN_ANEW": False, "REPO_URL": "",
-              "SAVE_DIR": "checkpoints", **settings}
-    source = settings_cell(cells)
-    exec(source, module)
-    assert str(module["WEIGHTS"]) == where
-    if module["TRAIN_ANEW"]:
-        images = nb.torch.zeros(20, 5, 4, dtype=nb.torch.uint8)
-        nb.load_or_train([config, nb.replace(config, seed=1)], images, images, path=module["WEIGHTS"] / "small.pt",
-                         device="cpu", anew=True)
-        assert (folder / where / "small.pt").exists()
-    assert changed_files(folder) == (["?? mine/"] if where == "mine" else [])
-    with pytest.raises(ValueError, match="SAVE_DIR: .*no/drive/here"):
-        exec(source, {**module, "FAST": False, "SAVE_DIR": "no/drive/here"})
-    module |= {"TRAIN_ANEW": True, "FAST": False, "SAVE_DIR": str(folder / "checkpoints")}
-    exec(source, module)
-    assert str(module["WEIGHTS"]) == "run"
-
-
-def test_training_anew_goes_on_where_it_was_stopped(nb, cells, tmp_path, monkeypatch):
-    """Stopped in the guide, the last of the three, it does not train the others again."""
+def test_what_is_trained_goes_where_nothing_is_released(nb, cells, tmp_path, monkeypatch):
+    """By the cell below the settings. TRAIN_ANEW that was stopped in the guide, the last of the three, does not train
+    the others again."""
     monkeypatch.chdir(tmp_path)
-    module = {**vars(nb), "FAST": False, "DEVICE": "cpu", "TRAIN_ANEW": True, "REPO_URL": "", "SAVE_DIR": "checkpoints"}
-    source = settings_cell(cells)
-    for stopped in (False, True):
+    (source,) = [s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("device = pick_device")]
+
+    def where(**settings):
+        module = {**vars(nb), "FAST": False, "DEVICE": "cpu", "TRAIN_ANEW": False, "REPO_URL": "",
+                  "SAVE_DIR": "checkpoints", **settings}
         exec(source, module)
-        assert str(module["WEIGHTS"]) == "run" and module["anew"] == (not stopped)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "small_guide.state").touch()
+        return str(module["WEIGHTS"]), module["anew"]
+
+    assert where() == ("checkpoints", False) and where(FAST=True) == ("run/fast", False)
+    assert where(FAST=True, TRAIN_ANEW=True) == ("run/fast", True)
+    assert where(TRAIN_ANEW=True, SAVE_DIR="mine") == ("mine", True)
+    for released in ("checkpoints", str(tmp_path / "checkpoints")):
+        assert where(TRAIN_ANEW=True, SAVE_DIR=released) == ("run", True)
+    with pytest.raises(ValueError, match="SAVE_DIR: .*no/drive/here"):
+        where(SAVE_DIR="no/drive/here")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "small_guide.state").touch()
+    assert where(TRAIN_ANEW=True) == ("run", False)
 
 
 def test_a_whole_run_is_published(tmp_path):

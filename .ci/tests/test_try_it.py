@@ -1,7 +1,6 @@
 """Section 8.7: the rectangle that a reader hides is completed. And pictures: files into images, images into files."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,18 +124,3 @@ def test_what_is_no_picture_of_a_digit_is_refused_by_name(nb, tmp_path, picture,
     with pytest.raises(ValueError, match=f"path: .*{word}") as said:
         nb.read_picture(path)
     assert str(path) in str(said.value)
-
-
-def test_draws_saved_as_the_text_says_are_read_back(nb, cells, tmp_path):
-    """Ink dark on white: what was drawn, to the last level; a picture read, saved and read again changes by the ink's
-    edges alone."""
-    (text,) = ["".join(cell["source"]) for cell in cells if "save_image" in "".join(cell["source"])]
-    line = re.search(r"^nb\.torchvision\.utils\.save_image\(.*\)$", text, flags=re.M)[0]
-    read = as_read(nb, drawn_seven(), tmp_path)
-    found = SimpleNamespace(draws=read[None])
-    exec(line.replace("draws.png", str(tmp_path / "draws.png")), dict(nb=nb, found=found))
-    saved = np.asarray(Image.open(tmp_path / "draws.png").convert("L"))
-    assert torch.equal(255 - torch.from_numpy(saved.copy()), read) and read.max() > 200
-    again = nb.read_picture(tmp_path / "draws.png")
-    assert_a_seven_like_mnist(again)
-    assert (again.double() - read).abs().mean() < 12 < (again.roll(3, 1).double() - read).abs().mean()

@@ -19,42 +19,36 @@ def question_grids():
         yield np.array(colours, dtype=np.uint8)[np.where(a, 2, k)]
 
 
-def hero_png(images, answers, wrong):
-    """PNG bytes. images: of G; answers: their Completions; wrong: forward Gibbs draws, three of each."""
-    figure = plt.figure(figsize=(8.6, 1.3 + 0.8 * len(images)), layout="none")
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(images), 1.15], hspace=0.2, left=0.01,
-                                      right=0.99, top=0.93, bottom=0.08)
-    grid = top.subgridspec(len(images), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
-    titles = {0: ("known", "k"), 3: ("       completed by this notebook", ACCENT), 8: ("by forward Gibbs", THIRD)}
-    for line, (image, answer, beside) in enumerate(zip(images, answers, wrong)):
-        _, known, *others = completed(image, bottom_known, [*answer.draws, *beside])
-        for column, picture in zip((0, 2, 3, 4, 5, 7, 8, 9), (known, *others)):
-            axis = figure.add_subplot(grid[line, column])
-            axis.imshow(picture)
-            axis.axis("off")
-            if line == 0 and column in titles:
-                text, colour = titles[column]
-                axis.set_title(text, fontsize=10, color=colour, loc="left" if column < 8 else "center")
-            if column == 0:
-                axis.text(1.08, 0.5, answer.status.replace("not converged", "refused"), transform=axis.transAxes,
-                          fontsize=7, va="center")
-    grid = bottom.subgridspec(1, 7, wspace=0.5)
-    for cell, (letter, note, picture) in enumerate(zip("ABCDEFG", NOTES, question_grids())):
-        axis = figure.add_subplot(grid[cell])
+figure = plt.figure(figsize=(8.6, 1.3 + 0.8 * len(tops)), layout="none")
+top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(tops), 1.15], hspace=0.2, left=0.01, right=0.99, top=0.93,
+                                  bottom=0.08)
+grid = top.subgridspec(len(tops), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
+titles = {0: ("known", "k"), 3: ("       completed by this notebook", ACCENT), 8: ("by forward Gibbs", THIRD)}
+for line, (image, answer) in enumerate(zip(question_images, tops)):
+    wrong = sample(model, 3, image=image, known=bottom_known, seed=513 + line)
+    _, known, *others = completed(image, bottom_known, [*answer.draws, *wrong])
+    for column, picture in zip((0, 2, 3, 4, 5, 7, 8, 9), (known, *others)):
+        axis = figure.add_subplot(grid[line, column])
         axis.imshow(picture)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(True)
-        axis.set_title(letter, fontsize=9, pad=2)
-        axis.set_xlabel(note, fontsize=7.5, labelpad=2)
-    figure.text(0.5, 0.005, "dark: known      orange: asked      blue: not known", ha="center", fontsize=8)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/hero.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
-        return Path(path).read_bytes()
-
-
-hero = hero_png(question_images.cpu(), tops, [
-    sample(model, 3, image=image, known=bottom_known, seed=513 + k) for k, image in enumerate(question_images)])
-(RUN / "hero.txt").write_bytes(base64.b64encode(hero))
+        axis.axis("off")
+        if line == 0 and column in titles:
+            text, colour = titles[column]
+            axis.set_title(text, fontsize=10, color=colour, loc="left" if column < 8 else "center")
+        if column == 0:
+            axis.text(1.08, 0.5, answer.status.replace("not converged", "refused"), transform=axis.transAxes,
+                      fontsize=7, va="center")
+grid = bottom.subgridspec(1, 7, wspace=0.5)
+for cell, (letter, note, picture) in enumerate(zip("ABCDEFG", NOTES, question_grids())):
+    axis = figure.add_subplot(grid[cell])
+    axis.imshow(picture)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
+    axis.set_title(letter, fontsize=9, pad=2)
+    axis.set_xlabel(note, fontsize=7.5, labelpad=2)
+figure.text(0.5, 0.005, "dark: known      orange: asked      blue: not known", ha="center", fontsize=8)
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "hero.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    (RUN / "hero.txt").write_bytes(base64.b64encode(path.read_bytes()))

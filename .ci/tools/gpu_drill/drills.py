@@ -17,7 +17,6 @@ import cudasim
 import graphs
 import torch
 from definitions import definitions, train_until
-from faults import Infinite
 
 BF16 = "--bf16" in sys.argv
 torch.set_num_threads(1)
@@ -201,7 +200,8 @@ def stopped_and_resumed(first, then):
 def overflow(where):
     """An infinite gradient at step 7: weights finite and equal to those of a run that left the step out."""
     def loss(model, batch, step):
-        extra = Infinite.apply(getattr(model, where).weight) if step == 7 else 0.0
+        w = getattr(model, where).weight
+        extra = (w - w.detach()).sqrt().sum() if step == 7 else 0.0  # 0, its gradient infinite
         return nb.training_loss(model, batch, step) + extra
 
     saved = []
