@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bounds import FALSE_ALARM, t_bound
+from bounds import t_bound
 from guides import guide_log_prob, known_mask, meaningless_guide
 
 
@@ -37,7 +37,7 @@ class Forced:
         self.free = iter((~known).view(len(self.log_chance), -1, known.shape[1])[0].T)
         return self.real(walks, images, known, *rest, **options)
 
-    def draw_levels(self, logits, uniforms, temperature):
+    def draw_levels(self, logits, uniforms):
         free, levels = next(self.free), range(logits.shape[1])
         if not free.any():
             return torch.zeros(len(logits), dtype=torch.long)
@@ -152,14 +152,14 @@ def test_in_expectation_a_run_is_exact(nb, case, learned):
 def look_with(mistake):
     """Particles.look with a mistake in what it resamples by, in the mean that it adds, or in what it notes."""
     def look(forced, _, particles, promise, most, count):
-        nb, before, held = forced.nb, particles.log_potential, particles.reference is not None
-        potential = nb.largest_power(promise, before, most) * promise
-        log_weights = potential if mistake == "not divided" else potential - before
+        nb, factor, held = forced.nb, particles.log_factor, particles.reference is not None
+        potential = nb.largest_power(promise, factor, most) * promise
+        log_weights = potential + (getattr(particles, "mean", 0) if mistake == "not divided" else factor)
         index = nb.resample(log_weights, count, particles.generators, held)
         averaged = log_weights[:, 1:] if mistake == "reference" and held else log_weights
         among = count if mistake == "copies" else averaged.shape[1]
-        particles.log_z = particles.log_z + averaged.logsumexp(1) - math.log(among)
-        particles.log_potential = 0 * potential if mistake == "forgotten" else potential
+        particles.mean = averaged.logsumexp(1, keepdim=True) - math.log(among)
+        particles.log_factor = particles.mean - (0 * potential if mistake == "forgotten" else potential)
         particles.pick(index)
         return index
     return "look", look
@@ -209,7 +209,7 @@ def promise_sees_the_reference(_, right, particles, refresh=True):
 
 
 def weights_without_g(_, right, particles, refresh=True):
-    return right(particles, refresh) + particles.log_g.view_as(particles.log_potential)
+    return right(particles, refresh) + particles.log_g
 
 
 # name: (case, what is planted, which of the claims it breaks)
@@ -331,14 +331,6 @@ def test_runs_that_forget_their_looks_do_not(nb, tiny, table, evidence, monkeypa
             assert largest_z(nb.runs_against_table(*case, 1000, 12)) > 2 * t_bound(1000)
 
 
-@pytest.mark.parametrize("pick", ["resample", "pick_evenly", "pick_without_reference"])
-def test_exact_draws_stay_exact_through_a_sweep_by_bands(nb, tiny, table, evidence, pick):
-    """Chi-square of 5,000: detects a change of 6 to 8 % in total variation by one sweep."""
-    case = case_3x3(nb, strong(nb, tiny), table, evidence[4], "two rows")
-    found = nb.chi_square_after_moves(*case, getattr(nb, pick), 5000)
-    assert (found < -math.log10(FALSE_ALARM)) == (pick == "resample")
-
-
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_what_a_run_reports_is_what_full_passes_say(nb, tiny, evidence, learned, held):
@@ -405,9 +397,9 @@ def test_a_look_uses_the_largest_power_that_keeps_enough(nb):
     generator = torch.Generator().manual_seed(0)
     promise, before = (scale * torch.randn(5, 100, generator=generator).double() for scale in (60, 0.3))
     power = nb.largest_power(promise, before, 1.0)
-    sizes = [nb.ess(factor * power * promise - before) for factor in (1, 2**0.25)]
+    sizes = [nb.ess(times * power * promise + before) for times in (1, 2**0.25)]
     assert (sizes[0] >= 20).all() and (sizes[1] < 20).all() and (power < 1).all()
     assert (nb.largest_power(0 * promise, before, 0.25) == 0.25).all()
     power = nb.largest_power(promise, 100 * before, 0.5)
-    sizes = torch.stack([nb.ess(0.5 * 2 ** (-k / 4) * promise - 100 * before) for k in range(41)])
-    assert (sizes < 20).all() and (nb.ess(power * promise - 100 * before) == sizes.amax(dim=0)).all()
+    sizes = torch.stack([nb.ess(0.5 * 2 ** (-k / 4) * promise + 100 * before) for k in range(41)])
+    assert (sizes < 20).all() and (nb.ess(power * promise + 100 * before) == sizes.amax(dim=0)).all()
