@@ -131,13 +131,6 @@ def numbers_of(nb, saved, found):
         by_w=nb.place_of_truth(saved["ratio"], found.log_p - found.log_g, found.log_w))
 
 
-def chance_of(places):
-    """(How many stand in each quarter, P of a chi-square at least as large where they are uniform)."""
-    quarters = np.histogram(places, 4, (0, 1))[0]
-    square = ((quarters - len(places) / 4) ** 2).sum() / max(len(places) / 4, 1)
-    return quarters, torch.special.gammaincc(torch.tensor(1.5), torch.tensor(square / 2)).item()
-
-
 def candidates(nb, options):
     """A line for each rule: how right is what answers where it passes. Of images with so many rounds."""
     path = Path(options.folder) / "numbers.json"  # they take minutes
@@ -168,8 +161,8 @@ def candidates(nb, options):
                         given.append(numbers[span(passes[0])])
             line.append(f"{hidden} {sum(found)}/{len(found)}")
         for by in ("by_p", "by_w"):
-            quarters, chance = chance_of([x[by] for x in given])
-            line.append(f"{by} {' '.join(map(str, quarters))} P {chance:.3f}")
+            quarters, chance = nb.quarters_of([x[by] for x in given])
+            line.append(f"{by} {quarters.int().tolist()} P {chance:.3f}")
         for floor, least in floors.items():
             errors = [max(x["jackknife"], least(x)) for x in given]
             covered = np.mean([x["below"] <= 2.36 * error for x, error in zip(given, errors)]) if given else math.nan
@@ -210,8 +203,8 @@ def replay(nb, options):
     for hidden, passed in counts.items():
         say(f"{hidden}_converged", sum(passed), len(passed), f"model draws, {hidden} hidden: answered")
     for by, found in places.items():
-        quarters, chance = chance_of(found)
-        say(f"place_by_{by}_p", chance, len(found), f"P of the truth's places by {by}; quarters {quarters}")
+        quarters, chance = nb.quarters_of(found)
+        say(f"place_by_{by}_p", chance, len(found), f"P of the truth's places by {by}; quarters {quarters.int().tolist()}")
     say("bound_reached_share", np.mean(covered), len(covered), "log_evidence + 2.36 stderr reaches that from above")
     say("median_stderr_nats", np.median(errors), len(errors), "median stderr of log_evidence")
 
