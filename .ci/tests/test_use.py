@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 
+LOADS = 'exec("".join(cell["source"]), vars(nb))\n'
+
+
 @pytest.fixture
 def folder(root, mnist, tmp_path):
     """The notebook with its data and checkpoints, and nothing else."""
@@ -44,7 +47,7 @@ def shortened(program, changes):
 def test_the_script_runs(root, cells, folder, where):
     """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
     readme = dict(source=(root / "README.md").read_text())
-    (program,) = programs([readme] if where == "README" else cells, "vars(nb))\n")
+    (program,) = programs([readme] if where == "README" else cells, LOADS)
     budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=2), "
     digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
     Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
@@ -57,14 +60,15 @@ def test_the_script_runs(root, cells, folder, where):
 def test_the_program_for_other_data_runs_in_small(cells, folder):
     """After the first five lines of the script, with four steps of training; it trains both networks, scores, draws and
     completes, and the next time it loads them."""
-    (script,), (program,) = programs(cells, "vars(nb))\n"), programs(cells, "**Other data.**")
-    start = "".join(script.splitlines(keepends=True)[:5]).replace("vars(nb)", "globals()")
+    (script,), (program,) = programs(cells, LOADS), programs(cells, "**Other data.**")
+    start = "".join(script.splitlines(keepends=True)[:5])
     small = shortened(program, {
+        "vars(nb))\n": "vars(nb))\ntorch.set_num_threads(1)\n",
         "load_mnist()[0]": "load_mnist()[0][-6000:]", "images_seen=100_000": "images_seen=256",
         "guide=Guide(model, network))": "guide=Guide(model, network), budget=Budget(8, 2, 2))"})
     assert program.count("\n") <= 17
     for trained in (True, False):
-        said = run(start + "torch.set_num_threads(1)\n" + small, folder)
+        said = run(start + small, folder)
         assert float(re.search(r"bits a pixel tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
         assert ("training model.pt" in said and "training guide.pt" in said) == trained
     for made in ("other/draws.png", "other/model.pt", "other/guide.pt"):
