@@ -2,13 +2,12 @@
 
 usage: python .ci/tools/record.py small|guide|leaky --folder FOLDER [--minutes N] [--processes 2] [--initial FILE]
            [--tiny]
-       python .ci/tools/record.py keep --folder FOLDER  (an unfinished guide's state into .ci/tools/record/, 8 MB)
        python .ci/tools/record.py gain FILE ...  (on 640 draws of the released model, an hour of one core for ten files)
 
 On a CPU two processes of one thread each share a batch, which is 1.7 times as fast as one process with two threads (use
 one where the other core is busy: they wait for each other); on a GPU there is one process. Run again with the same
-folder it goes on where it stopped; with a new one, from the state that was kept. FOLDER holds <name>.state while a
-network trains, then <name>.pt and SHA256SUMS; of a guide also what it was at each validation. --initial: weights to begin with; a guide is trained for the small.pt that
+folder it goes on where it stopped. FOLDER holds <name>.state while a network trains, then <name>.pt and SHA256SUMS; of
+a guide also what it was at each validation. --initial: weights to begin with; a guide is trained for the small.pt that
 stands in FOLDER, else for the released one. MNIST must be in data/.
 """
 import argparse
@@ -26,28 +25,6 @@ from definitions import ROOT, definitions
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-KEPT = ROOT / ".ci" / "tools" / "record" / "guide.kept"
-
-
-def halved(x):
-    """The same in bfloat16: half the size, and 0.2 % is no loss on the way."""
-    if isinstance(x, torch.Tensor):
-        return x.bfloat16() if x.is_floating_point() and x.ndim else x
-    if isinstance(x, dict):
-        return {key: halved(value) for key, value in x.items()}
-    return x
-
-
-def keep(options):
-    """Keep what cannot be made again; the average of the weights begins anew."""
-    state = torch.load(Path(options.folder) / "guide.state", map_location="cpu", weights_only=True)
-    config, progress = state.pop("config"), state.pop("progress")
-    state = halved(state)
-    state["averaged"] = state["model"]
-    KEPT.parent.mkdir(exist_ok=True)
-    torch.save(dict(state, config=config, progress=progress), KEPT)
-    print(f"{KEPT.name} after {progress[1]:,} images, {KEPT.stat().st_size / 1e6:.1f} MB")
 
 
 def report(history):
@@ -149,8 +126,6 @@ def train(options):
     folder, end = Path(options.folder), time.monotonic() + 60 * options.minutes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)
-    if options.what == "guide" and KEPT.exists() and not (folder / "guide.state").exists():
-        shutil.copy(KEPT, folder / "guide.state")
     world, context = 1 if torch.cuda.is_available() else options.processes, mp.get_context("spawn")
     workers = [context.Process(target=work, args=(rank, world, options), daemon=True) for rank in range(world)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers, daemons, end as well
@@ -194,7 +169,7 @@ def gain(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["small", "guide", "leaky", "keep", "gain"])
+    parser.add_argument("what", choices=["small", "guide", "leaky", "gain"])
     parser.add_argument("files", nargs="*", help="of guides, for gain")
     parser.add_argument("--folder")
     parser.add_argument("--minutes", type=float, default=1e6)
@@ -202,7 +177,7 @@ def main():
     parser.add_argument("--initial")
     parser.add_argument("--tiny", action="store_true", help="small networks, few images, to try the command")
     options = parser.parse_args()
-    dict(keep=keep, gain=gain).get(options.what, train)(options)
+    (gain if options.what == "gain" else train)(options)
 
 
 if __name__ == "__main__":
