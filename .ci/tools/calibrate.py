@@ -204,7 +204,8 @@ def replay(nb, options):
         say(f"{hidden}_converged", sum(passed), len(passed), f"model draws, {hidden} hidden: answered")
     for by, found in places.items():
         quarters, chance = nb.quarters_of(found)
-        say(f"place_by_{by}_p", chance, len(found), f"P of the truth's places by {by}; quarters {quarters.int().tolist()}")
+        how = f"P of the truth's places by {by}; quarters {quarters.int().tolist()}"
+        say(f"place_by_{by}_p", chance, len(found), how)
     say("bound_reached_share", np.mean(covered), len(covered), "log_evidence + 2.36 stderr reaches that from above")
     say("median_stderr_nats", np.median(errors), len(errors), "median stderr of log_evidence")
 
