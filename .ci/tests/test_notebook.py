@@ -80,9 +80,7 @@ def test_results_are_complete_and_well_formed(executed, root):
     saved = json.loads((root / "figures" / "results.json").read_text())
     assert set(fast) == set(saved) == {"device", "weights", "results"}
     apart = json.loads(APART.read_text())["results"] if APART.exists() else {}
-    renamed = {"rank_distance", "rank_distance_by_weight", "any_mask_converged_of_3", "rank_p", "rank_by_weight_p",
-               "any_mask_converged_of_2", "widest_gap_of_answered_nats"}  # since the released run
-    assert set(saved["results"]) - set(apart) - renamed == set(fast["results"]) - renamed
+    assert set(saved["results"]) - set(apart) == set(fast["results"])
     for entry in fast["results"].values():
         assert set(entry) == {"value", "stderr", "n", "how"}
     found = {name: entry["value"] for name, entry in fast["results"].items()}
