@@ -3,12 +3,12 @@
 usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top] [--images 100] [--seed 7001]
        python .ci/tools/calibrate.py judge --folder FOLDER [--keep NAME]
        python .ci/tools/calibrate.py sixteen --folder FOLDER
-record: `complete` with a CPU's budget, where that refuses with a card's; then, for what is answered, 32 runs that hold the
-truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share the
-images). judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
+record: `complete` with a CPU's budget, where that refuses with a card's; then, for what is answered, 32 runs that hold
+the truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share
+the images). judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
 chi-square at least as large), and how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many
-of the first twenty test images' tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json; a
-published run takes it over.
+of the first twenty test images' tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json;
+a published run takes it over.
 """
 import argparse
 import json
@@ -58,7 +58,8 @@ def record(nb, options):
             continue
         started = time.monotonic()
         for rounds in BUDGETS.values():
-            answer = nb.complete(model, images[number], known, 1, nb.Budget(rounds=rounds), options.seed + number, guide)
+            budget = nb.Budget(rounds=rounds)
+            answer = nb.complete(model, images[number], known, 1, budget, options.seed + number, guide)
             if not answer.doubts:
                 break
         found = answer.found
@@ -102,8 +103,8 @@ def judge(nb, options):
             say(f"place_by_{by}_p_in_{most}_rounds", chance, len(places),
                 f"P of the truth's places, centres, by {by}; quarters {quarters.int().tolist()}")
         reached = [case["log_evidence"] + 2.36 * case["stderr"] >= case["above"] for case in given if "above" in case]
-        say(f"bound_reached_share_in_{most}_rounds", np.mean(reached), len(reached), "log_evidence + 2.36 stderr reaches "
-            "the bound from above")
+        say(f"bound_reached_share_in_{most}_rounds", np.mean(reached), len(reached),
+            "log_evidence + 2.36 stderr reaches the bound from above")
         say(f"median_stderr_in_{most}_rounds_nats", np.median([case["stderr"] for case in given]), len(given),
             "of log_evidence")
 
