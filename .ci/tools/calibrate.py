@@ -103,8 +103,9 @@ def judge(nb, options):
             say(f"place_by_{by}_p_in_{most}_rounds", chance, len(places),
                 f"P of the truth's places, centres, by {by}; quarters {quarters.int().tolist()}")
         reached = [case["log_evidence"] + 2.36 * case["stderr"] >= case["above"] for case in given if "above" in case]
-        say(f"bound_reached_share_in_{most}_rounds", np.mean(reached), len(reached),
-            "log_evidence + 2.36 stderr reaches the bound from above")
+        if reached:
+            say(f"bound_reached_share_in_{most}_rounds", np.mean(reached), len(reached),
+                "log_evidence + 2.36 stderr reaches the bound from above")
         say(f"median_stderr_in_{most}_rounds_nats", np.median([case["stderr"] for case in given]), len(given),
             "of log_evidence")
 
