@@ -74,6 +74,8 @@ def test_the_place_of_the_truth_is_uniform_among_draws_of_the_posterior_alone(nb
                       for k, others, u in zip(truths, among, luck)]
             counts, chance = nb.quarters_of(places)
             assert counts.sum() == 2000 and (chance > 1e-4) == (name == "posterior")
+    counts, chance = nb.quarters_of([0.0, 0.3, 0.6, 1 + 2**-52])  # shares may sum to 1 and a rounding error
+    assert counts.tolist() == [1, 1, 1, 1] and chance == 1
 
 
 def test_each_image_has_its_own_evidence(guide, evidence):

@@ -110,7 +110,7 @@ SAME_CALL = {
     "smc with a reference": lambda m, g, to: runs(g, True),
     "smc without looks and copies": lambda m, g, to: runs(g, looks={}, copies=1),
     "gibbs_chains": lambda m, g, to: nb.gibbs_chains(g, IMAGES[:3].to(m.device), KNOWN.to(m.device), 2, 0),
-    "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g), 1),
+    "draws_of_each": lambda m, g, to: nb.draws_of_each(runs(g), 1, 1),
     "both_bounds": lambda m, g, to: nb.both_bounds(g, IMAGES[0].to(m.device), KNOWN.to(m.device), 8, 3, 0),
     "guide_bits": lambda m, g, to: nb.guide_bits(m, g.network, to(IMAGES)),
     "fresh_batches": lambda m, g, to: nb.fresh_batches(m, IMAGES, CONFIG, steps=2)(3),
