@@ -4,11 +4,11 @@ usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top
        python .ci/tools/calibrate.py judge --folder FOLDER [--keep NAME]
        python .ci/tools/calibrate.py sixteen --folder FOLDER
 record: `complete` with a CPU's budget, where that refuses with a card's; then, for what is answered, 32 runs that hold
-the truth; a file an image, so that it goes on where it stopped (two such commands, with --part 0/2 and --part 1/2, share
-the images). judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
+the truth. judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
 chi-square at least as large), and how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many
-of the first twenty test images' tops are answered with sixteen rounds. What --keep and sixteen find goes to apart.json;
-a published run takes it over.
+of the first twenty test images' tops are answered with sixteen rounds. What is found is kept a file an image, so that
+the same command goes on where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What
+--keep and sixteen find goes to apart.json; a published run takes it over.
 """
 import argparse
 import json
@@ -111,19 +111,21 @@ def judge(nb, options):
 
 
 def sixteen(nb, options):
-    """The tops of the first twenty test images, by the notebook's seeds."""
+    """The tops of the first twenty test images, by the notebook's seeds; kept once all are there."""
     model, guide = released(nb)
-    images, folder, passed = nb.load_mnist(ROOT / "data")[2][:20], Path(options.folder), 0
-    for number, image in enumerate(images.to(model.device)):
-        path = folder / f"sixteen_{number:02d}.json"
-        if not path.exists():
+    images, (part, parts) = nb.load_mnist(ROOT / "data")[2][:20].to(model.device), map(int, options.part.split("/"))
+    paths = [Path(options.folder) / f"sixteen_{number:02d}.json" for number in range(20)]
+    for number in range(part, 20, parts):
+        if not paths[number].exists():
             seed = 13 + number if number < 10 else 120 + number
-            answer = nb.complete(model, image, hidden_mask("top"), 1, nb.Budget(rounds=16), seed, guide)
-            nb.save_atomically(json.dumps([answer.status, answer.found.rounds, answer.log_evidence]).encode(), path)
-        status, rounds, log_evidence = json.loads(path.read_text())
-        print(f"test image {number}: {status} after {rounds} rounds, log Z = {log_evidence:.2f}", flush=True)
-        passed += status == "converged"
-    keep_apart(nb, "question_g_converged_of_20_at_16_rounds", passed, n=20, how="the first twenty test images")
+            answer = nb.complete(model, images[number], hidden_mask("top"), 1, nb.Budget(rounds=16), seed, guide)
+            said = answer.status, answer.found.rounds, answer.log_evidence
+            nb.save_atomically(json.dumps(said).encode(), paths[number])
+            print("test image {}: {} after {} rounds, log Z = {:.2f}".format(number, *said), flush=True)
+    if all(path.exists() for path in paths):
+        passed = sum(json.loads(path.read_text())[0] == "converged" for path in paths)
+        print(f"{passed} of 20 answered")
+        keep_apart(nb, "question_g_converged_of_20_at_16_rounds", passed, n=20, how="the first twenty test images")
 
 
 def main():
@@ -133,7 +135,7 @@ def main():
     parser.add_argument("--hidden", choices=["centre", "top"], default="centre")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7001)
-    parser.add_argument("--part", default="0/1", help="for record: which of how many parts of the images")
+    parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
     Path(options.folder).mkdir(parents=True, exist_ok=True)
