@@ -182,6 +182,17 @@ def test_no_error_is_less_than_what_the_draws_can_have_missed(nb):
     assert abs(spread.log_evidence()[1] - 7 * without.std() / 8**0.5) < 1e-12
 
 
+def test_what_the_guide_seldom_proposes_counts_as_missed(nb):
+    """Exact values. Runs of 40 expect 20, 1/2 and 1/20 proposals of a half of the posterior whose p / g is 1, 40 and 400
+    times Z, and miss it with probability e to the minus that; so the error of log Z is at least 0.93 for 1/2, where it
+    was 0.1. Two rounds of 20 are runs of 20."""
+    for ratio, rounds, expected in ((1, 1, 20), (40, 1, 1 / 2), (400, 1, 1 / 20), (40, 2, 1 / 4)):
+        found = found_of(nb, torch.zeros(8), torch.full((8, 40), math.log(ratio)))
+        found.rounds = rounds
+        low = -math.log1p(-math.exp(-expected))
+        assert abs(found.seldom_proposed() - low) < 1e-6 and abs(found.log_evidence()[1] - max(0.1, low)) < 1e-6
+
+
 def test_descendants_of_one_particle_count_as_one_lineage(nb):
     """Exact values: eight runs of 40 equal weights are 320, four siblings each 80, after a second round 160; kin of 21
     of 40."""
