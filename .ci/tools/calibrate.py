@@ -125,6 +125,7 @@ def judge(nb, options):
         say_reached(f"bound_reached_share_of_new_in_{most}_rounds", new)
         if bounded:
             gaps = torch.tensor([case["above"] - case["log_evidence"] for case in bounded])
+            say(f"widest_gap_in_{most}_rounds_nats", gaps.max(), len(bounded), "bound from above minus log_evidence")
             mean, stderr = nb.mean_and_error((-gaps).exp())
             say(f"mean_product_in_{most}_rounds", mean, len(bounded),
                 "Z-hat of the answer times the mean 1 / Z-hat of 32 runs that hold the truth: 1 on average", stderr)
