@@ -48,14 +48,20 @@ def hidden_mask(name):
     return known
 
 
+def own_images(options, count):
+    """Which of so many images this process takes."""
+    part, parts = map(int, options.part.split("/"))
+    return range(part, count, parts)
+
+
 @torch.no_grad()
 def record(nb, options):
-    folder, (part, parts) = Path(options.folder), map(int, options.part.split("/"))
+    folder = Path(options.folder)
     model, guide = released(nb)
     known = hidden_mask(options.hidden).to(model.device)
     images = nb.sample(model, options.images, seed=options.seed)
     paths = {number: folder / f"{options.hidden}_{options.seed}_{number:03d}.pt"
-             for number in range(options.images) if number % parts == part}
+             for number in own_images(options, options.images)}
     for number, path in paths.items():
         if path.exists():
             continue
@@ -134,9 +140,9 @@ def judge(nb, options):
 def sixteen(nb, options):
     """The tops of the first twenty test images, by the notebook's seeds; kept once all are there."""
     model, guide = released(nb)
-    images, (part, parts) = nb.load_mnist(ROOT / "data")[2][:20].to(model.device), map(int, options.part.split("/"))
+    images = nb.load_mnist(ROOT / "data")[2][:20].to(model.device)
     paths = [Path(options.folder) / f"sixteen_{number:02d}.json" for number in range(20)]
-    for number in range(part, 20, parts):
+    for number in own_images(options, 20):
         if not paths[number].exists():
             seed = 13 + number if number < 10 else 120 + number
             answer = nb.complete(model, images[number], hidden_mask("top"), 1, nb.Budget(rounds=16), seed, guide)
