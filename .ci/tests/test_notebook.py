@@ -173,6 +173,6 @@ def test_the_released_run_keeps_its_promises(root, nb):
     assert value["notebook_minutes_proved"] - value["notebook_minutes"] <= 90
     assert value["calibration_centre_answered_in_4_rounds"] >= 70
     for rounds in (4, 8):
-        assert value[f"calibration_place_by_log_p_p_in_{rounds}_rounds"] >= 0.05
-        assert value[f"calibration_place_by_weight_p_in_{rounds}_rounds"] >= 0.05
-        assert value[f"calibration_median_stderr_in_{rounds}_rounds_nats"] <= 0.3
+        assert value[f"calibration_centre_place_by_log_p_p_in_{rounds}_rounds"] >= 0.05
+        assert value[f"calibration_centre_place_by_weight_p_in_{rounds}_rounds"] >= 0.05
+        assert value[f"calibration_centre_median_stderr_in_{rounds}_rounds_nats"] <= 0.3

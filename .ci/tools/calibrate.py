@@ -1,7 +1,7 @@
 """Is what passes true, at full size? Answers about images that the model drew, recorded one by one and judged together.
 
 usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top] [--images 100] [--seed 7001]
-       python .ci/tools/calibrate.py judge --folder FOLDER [--keep NAME]
+       python .ci/tools/calibrate.py judge --folder FOLDER [--hidden centre|top] [--keep NAME]
        python .ci/tools/calibrate.py sixteen --folder FOLDER
 record: `complete` with a CPU's budget, where that refuses with a card's; then, for what is answered, 32 runs that hold
 the truth. judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
@@ -94,12 +94,13 @@ def record(nb, options):
 
 def judge(nb, options):
     cases = [torch.load(path, weights_only=True) | dict(number=int(path.stem.split("_")[-1]))
-             for path in sorted(Path(options.folder).glob("*_*_*.pt"))]
+             for path in sorted(Path(options.folder).glob(f"{options.hidden}_*_*.pt"))]
     for case in cases:
         if case["answered"]:  # the error as it is today, from what is kept
             case["stderr"] = max(case["stderr"], nb.Found(None, **case["found"]).seldom_proposed())
 
     def say(name, value, n, how, stderr=None):
+        name = f"{options.hidden}_{name}"
         print(f"{name}: {value:.4g}{f' ± {stderr:.2g}' if stderr else ''} (n = {n}; {how})")
         if options.keep:
             keep_apart(nb, f"{options.keep}_{name}", float(value), stderr, n=n, how=how)
@@ -107,21 +108,20 @@ def judge(nb, options):
     def say_reached(name, given):
         reached = [case["log_evidence"] + 2.36 * case["stderr"] >= case["above"] for case in given]
         if reached:
-            say(name, np.mean(reached), len(given), "log_evidence + 2.36 stderr reaches the bound from above")
+            share = np.mean(reached)
+            say(name, share, len(given), "log_evidence + 2.36 stderr reaches the bound from above",
+                float((share * (1 - share) / len(given)) ** 0.5))
 
     for machine, most in BUDGETS.items():
         given = [case for case in cases if case["answered"] and case["answered"] <= most]
-        for hidden in sorted({case["hidden"] for case in cases}):
-            answered = sum(case["hidden"] == hidden for case in given)
-            say(f"{hidden}_answered_in_{most}_rounds", answered, sum(case["hidden"] == hidden for case in cases),
-                f"model draws, {hidden} hidden, the budget of {machine}")
+        say(f"answered_in_{most}_rounds", len(given), len(cases),
+            f"model draws, {options.hidden} hidden, the budget of {machine}")
         for by in ("log_p", "weight"):
-            places = [case[f"place_by_{by}"] for case in given if case["hidden"] == "centre"]
-            quarters, chance = nb.quarters_of(places)
-            say(f"place_by_{by}_p_in_{most}_rounds", chance, len(places),
-                f"P of the truth's places, centres, by {by}; quarters {quarters.int().tolist()}")
+            quarters, chance = nb.quarters_of([case[f"place_by_{by}"] for case in given])
+            say(f"place_by_{by}_p_in_{most}_rounds", chance, len(given),
+                f"P of the truth's places by {by}; quarters {quarters.int().tolist()}")
         uneven = sum((count / sum(FAULT) - 1 / 4) ** 2 * 4 for count in FAULT)
-        say(f"power_in_{most}_rounds", stats.ncx2.sf(stats.chi2.isf(0.05, 3), 3, len(places) * uneven), len(places),
+        say(f"power_in_{most}_rounds", stats.ncx2.sf(stats.chi2.isf(0.05, 3), 3, len(given) * uneven), len(given),
             f"probability that P < 0.05 where quarters are as {FAULT}")
         say(f"median_stderr_in_{most}_rounds_nats", np.median([case["stderr"] for case in given]), len(given),
             "of log_evidence")
