@@ -112,6 +112,7 @@ def judge(nb, options):
             say(name, share, len(given), "log_evidence + 2.36 stderr reaches the bound from above",
                 float((share * (1 - share) / len(given)) ** 0.5))
 
+    uneven = sum((count / sum(FAULT) - 1 / 4) ** 2 * 4 for count in FAULT)
     for machine, most in BUDGETS.items():
         given = [case for case in cases if case["answered"] and case["answered"] <= most]
         say(f"answered_in_{most}_rounds", len(given), len(cases),
@@ -120,7 +121,6 @@ def judge(nb, options):
             quarters, chance = nb.quarters_of([case[f"place_by_{by}"] for case in given])
             say(f"place_by_{by}_p_in_{most}_rounds", chance, len(given),
                 f"P of the truth's places by {by}; quarters {quarters.int().tolist()}")
-        uneven = sum((count / sum(FAULT) - 1 / 4) ** 2 * 4 for count in FAULT)
         say(f"power_in_{most}_rounds", stats.ncx2.sf(stats.chi2.isf(0.05, 3), 3, len(given) * uneven), len(given),
             f"probability that P < 0.05 where quarters are as {FAULT}")
         say(f"median_stderr_in_{most}_rounds_nats", np.median([case["stderr"] for case in given]), len(given),

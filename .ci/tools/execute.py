@@ -63,7 +63,7 @@ def matmul_gflops(times=20, size=2048):
 def publish(made, figures, first_cell, speeds, apart=APART):
     """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell.
 
-    speeds: `matmul_gflops` now and then, since minutes say little without."""
+    speeds: `matmul_gflops` before and after the run, since its minutes say little without."""
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
     for path in [*made.glob("*.png"), *made.glob("*.gif")]:
