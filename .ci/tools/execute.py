@@ -16,7 +16,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-import torch
 
 TOOLS = Path(__file__).resolve().parent
 APART = TOOLS / "record" / "apart.json"
@@ -50,27 +49,13 @@ def switch_on(notebook, *names):
     return settings, before
 
 
-def matmul_gflops(times=20, size=2048):
-    """How fast this machine is just now: 1e9 operations a second in products of float32 matrices, all threads."""
-    matrix = torch.randn(size, size)
-    matrix @ matrix  # the first takes longer
-    started = time.monotonic()
-    for _ in range(times):
-        matrix @ matrix
-    return 2e-9 * times * size**3 / (time.monotonic() - started)
-
-
-def publish(made, figures, first_cell, speeds, apart=APART):
-    """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell.
-
-    speeds: `matmul_gflops` before and after the run, since its minutes say little without."""
+def publish(made, figures, first_cell, apart=APART):
+    """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell."""
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
     for path in [*made.glob("*.png"), *made.glob("*.gif")]:
         shutil.copy(path, figures)
     results = json.loads((made / "results.json").read_text())
-    results["results"]["matmul_gflops"] = dict(value=sum(speeds) / len(speeds), stderr=None, n=len(speeds),
-                                               how="float32 products of 2048x2048 matrices, before and after the run")
     if apart.exists():
         found = json.loads(apart.read_text())
         if found["weights"].items() <= results["weights"].items():
@@ -105,12 +90,11 @@ def main():
         nbformat.write(kept, folder / "PixelCNN.ipynb")
         settings.source = changed
 
-    speeds = [matmul_gflops()] if options.publish else []
     client.begun, client.section, client.keep = time.monotonic(), "", keep
     try:
         client.execute()
         if options.publish:
-            publish(folder / "run", folder / "figures", cells[0], [*speeds, matmul_gflops()])
+            publish(folder / "run", folder / "figures", cells[0])
     finally:
         keep()
 
