@@ -14,6 +14,12 @@ def t_bound(n):
     return stats.t.isf(FALSE_ALARM / 2, n - 1)
 
 
+def errors_off(log_z, exact):
+    """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z: no floor hides a fault."""
+    ratios = (log_z - exact).exp()
+    return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)
+
+
 def agree(counts, expected):
     """Whether counts may be draws with these expectations: chi-square over those above 5."""
     often = expected > 5

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bounds import t_bound
+from bounds import errors_off, t_bound
 from guides import released_guide
 
 pytestmark = pytest.mark.slow
@@ -110,17 +110,24 @@ def z_of(log_probs, draws, weights=None):
 
 
 def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
-    """All 256 levels, by E: log Z within 8.4 standard errors or 0.05 nats, the draws within 0.15 in total variation."""
+    """All 256 levels, by E: log Z within 8.4 standard errors of 16 runs, the draws within 0.15 in total variation. The
+    controls: a log Z that is 0.2 nats less; the draws without their weights."""
     image, pixel = mnist[2][3], (14, 14)
     known = torch.arange(784).view(28, 28) != 14 * 28 + 14
     probs = nb.conditional_given_rest(model, image, pixel)
     exact = nb.log_prob(model, image[None]).item() - probs[int(image[pixel])].log().item()
-    answer = nb.complete(model, image, known, 1, nb.Budget(32), guide=guide)
+    answer = nb.complete(model, image, known, 1, nb.Budget(32, 16), guide=guide)
     found = answer.found
-    drawn = found.draws[:, :, *pixel].flatten().bincount(torch.softmax(found.log_w.flatten(), dim=0), 256)
+
+    def distance(log_w):
+        drawn = found.draws[:, :, *pixel].flatten().bincount(torch.softmax(log_w.flatten(), dim=0), 256)
+        return (drawn - probs).abs().sum() / 2
+
+    print("log Z off by", errors_off(found.log_z, exact), "and", errors_off(found.log_z, exact - 0.2), "errors, draws by",
+          distance(found.log_w), "and", distance(torch.zeros_like(found.log_w)))
     assert answer.status == "converged" and answer.remarks == []
-    assert abs(answer.log_evidence - exact) < max(0.05, t_bound(8) * found.log_evidence()[1])
-    assert (drawn - probs).abs().sum() / 2 < 0.15
+    assert errors_off(found.log_z, exact) < BOUND < errors_off(found.log_z, exact - 0.2)
+    assert distance(found.log_w) < 0.15 < distance(torch.zeros_like(found.log_w))
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -132,14 +139,15 @@ def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, le
     found = answer.found
     weights = (found.log_w - log_evidence).exp() / found.log_w.shape[1]
     ratio = weights.sum(dim=1)
-    print("Z-hat / Z", ratio.mean(), ratio.std() / 4, "z", z_of(log_probs, found.draws, weights))
+    print("Z-hat / Z", ratio.mean(), ratio.std() / 4, "z", z_of(log_probs, found.draws, weights), "unweighted",
+          z_of(log_probs, found.draws))
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4 < abs(nb.COPIES * ratio.mean() - 1)
     assert z_of(log_probs, found.draws, weights) < BOUND
 
 
 def test_gibbs_meets_it_and_forward_gibbs_does_not(nb, model, guide, pair):
     """A sweep from exact draws must leave exact draws: pixel by pixel, by bands of two rows and of one. Picked
-    whatever the weights, and drawn forwards, they are off by more than 5.7 errors."""
+    whatever the weights, and drawn forwards, they are off by more than 5.6 errors."""
     image, known, log_probs, _ = pair
     generator, alone = torch.Generator().manual_seed(1), nb.Guide(model)
     codes = torch.multinomial(log_probs.exp().flatten(), 512, True, generator=generator)
