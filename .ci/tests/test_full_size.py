@@ -112,11 +112,11 @@ def z_of(log_probs, draws, weights=None):
 def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
     """All 256 levels, by E: log Z within 8.4 standard errors of 16 runs, the draws within 0.15 in total variation. The
     controls: a log Z that is 0.2 nats less; the draws without their weights."""
-    image, pixel = mnist[2][3], (14, 14)
-    known = torch.arange(784).view(28, 28) != 14 * 28 + 14
+    image, pixel = mnist[2][3], (14, 18)  # at the edge of the stroke: 1.6 nats of doubt
+    known = torch.arange(784).view(28, 28) != 14 * 28 + 18
     probs = nb.conditional_given_rest(model, image, pixel)
     exact = nb.log_prob(model, image[None]).item() - probs[int(image[pixel])].log().item()
-    answer = nb.complete(model, image, known, 1, nb.Budget(32, 16), guide=guide)
+    answer = nb.complete(model, image, known, 1, nb.Budget(256, 16), guide=guide)
     found = answer.found
 
     def distance(log_w):
