@@ -8,11 +8,12 @@ sim.errors: what CUDA would refuse (also raised, as RuntimeError). sim.ops: Coun
 host-device synchronisations. sim.h2d: copies. sim.live, sim.peak: bytes "on cuda", if memory=True; with limit=bytes an
 operation whose result does not fit raises torch.OutOfMemoryError, as CUDA would.
 """
-import collections, ctypes, importlib.util, os, subprocess, sys, tempfile, traceback, weakref
+import collections, ctypes, importlib.metadata, importlib.util, os, subprocess, sys, tempfile, traceback, weakref
 assert "torch" not in sys.modules, "import cudasim before torch: guard.so must register its hooks first"
 _lib = os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib")
 ctypes.CDLL(os.path.join(_lib, "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-_guard = os.path.join(tempfile.gettempdir(), f"cudasim_guard_{os.getuid()}.so")  # a do-nothing CUDA, of guard.cpp
+_name = f"cudasim_guard_{os.getuid()}_{importlib.metadata.version('torch')}.so"
+_guard = os.path.join(tempfile.gettempdir(), _name)  # a do-nothing CUDA, of guard.cpp
 _source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guard.cpp")
 if not os.path.exists(_guard) or os.path.getmtime(_guard) < os.path.getmtime(_source):
     _include = os.path.join(os.path.dirname(_lib), "include")
