@@ -7,7 +7,9 @@ import random
 import resource
 import signal
 import socket
+import threading
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from bounds import errors_off, t_bound
 from definitions import train_until
 from guides import released_guide
+from test_data import copies
 
 forks = multiprocessing.get_context("fork")
 PLACE = torch.arange(9).view(3, 3)
@@ -31,7 +34,7 @@ def in_a_process(function, *arguments):
 
 
 def test_training_killed_at_random_moments_ends_as_if_never_stopped(nb, config, images, tmp_path):
-    """Both stages, 20 SIGKILLs; the state is written at every step, so that many fall into a write."""
+    """Both stages, up to 20 SIGKILLs; the state is written at every step, so that many fall into a write."""
     stages = [replace(config, images_seen=1600, seed=seed) for seed in (0, 1)]
 
     def run(folder):
@@ -73,14 +76,19 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_silent_network_ends_within_a_minute(nb, tmp_path):
-    """A server that accepts and never answers: the checkpoint will be trained, and MNIST's next source is asked."""
+def test_a_silent_network_ends_within_a_minute(nb, root, tmp_path):
+    """A server that accepts and never answers: the checkpoint will be trained, and MNIST's next source is asked. (It
+    hangs up after 40 seconds, so that a program that would wait for ever fails.)"""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        begun = time.monotonic()
-        said = nb.fetch_checkpoint(tmp_path / "mine" / "model.pt", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        end = threading.Timer(40, silent.close)
+        end.start()
+        address, begun = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        said = nb.fetch_checkpoint(tmp_path / "mine" / "model.pt", address)
         assert "could not be fetched" in said and "timed out" in said and "trained" in said
-        assert time.monotonic() - begun < 30 and not (tmp_path / "mine").exists()
-    assert socket.getdefaulttimeout() is None
+        nb.fetch_mnist(tmp_path / "data", sources=(lambda folder: urllib.request.urlopen(address), copies(root)))
+        assert time.monotonic() - begun < 40 and not (tmp_path / "mine").exists()
+        end.cancel()
+    assert nb.unsound_files(tmp_path / "data" / "MNIST" / "raw") == [] and socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize("height, width, levels, channels, dilations", [

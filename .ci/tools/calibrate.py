@@ -12,9 +12,11 @@ the same command goes on where it stopped, and two of them, with --part 0/2 and 
 """
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the notebook does, before torch is imported
 from definitions import ROOT, definitions
 import numpy as np
 import torch

@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the notebook does, before torch is imported
 
 
 def notebook_cells():

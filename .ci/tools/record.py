@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the notebook does, before torch is imported
 from definitions import ROOT, definitions
 import torch
 import torch.distributed as dist
@@ -122,7 +123,7 @@ def work(rank, world, options):
 
 
 def train(options):
-    """Train a network for so many minutes; whether it is finished."""
+    """Train a network for so many minutes; the exit status is 1 if it is not finished then."""
     folder, end = Path(options.folder), time.monotonic() + 60 * options.minutes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meeting").unlink(missing_ok=True)
@@ -139,7 +140,7 @@ def train(options):
         worker.terminate()
         worker.join()
     if not all(worker.exitcode == 0 for worker in workers):
-        print(f"{options.what} is not finished; run again to go on")
+        sys.exit(f"{options.what} is not finished; run again to go on")
 
 
 @torch.no_grad()
@@ -177,6 +178,8 @@ def main():
     parser.add_argument("--initial")
     parser.add_argument("--tiny", action="store_true", help="small networks, few images, to try the command")
     options = parser.parse_args()
+    if options.what != "gain" and options.folder is None:
+        parser.error(f"{options.what} needs --folder")
     (gain if options.what == "gain" else train)(options)
 
 
