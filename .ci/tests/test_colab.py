@@ -11,11 +11,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def colab(root):
-    """The Python of .venv-colab, made from .ci/colab.txt if it is not there."""
+    """The Python of .venv-colab, with what .ci/colab.txt names."""
     python = root / ".venv-colab" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", root / ".ci" / "colab.txt"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "-r", root / ".ci" / "colab.txt"], check=True)
     return python
 
 

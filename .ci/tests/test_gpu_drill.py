@@ -16,7 +16,8 @@ import torch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the pretended device needs a C++ compiler (g++)")
+@pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None,
+                    reason="the pretended device needs a C++ compiler (g++) and torch without CUDA's own")
 @pytest.mark.parametrize("command", ["drills.py", "-m pytest -p no:cacheprovider test_graphs.py"])
 def test_every_public_function_works_on_a_card_as_on_a_cpu(root, command):
     """And the pretended card's graphs are what a card's are."""
