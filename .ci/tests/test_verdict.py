@@ -56,8 +56,9 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
     are refused at the default budget; of all answers given, starved budgets and misleading guides included, at most 5 %
     are wrong; 95 % intervals (2.36 errors: t with 7 degrees) cover in 90 to 99 %, of log Z and of the pixels' means.
 
-    The controls: with the runs' spread alone as the error more than 5 % are wrong (all runs miss a group of images that
-    holds a few per cent: no comparison of them can see it), and without refusals far more.
+    The control: with the runs' spread alone as the error more than 5 % are wrong (all runs miss a group of images that
+    holds a few per cent: no comparison of them can see it). Three quarters of those wrong by it, answered or not, are
+    refused or within the answer's error.
     """
     budgets = (nb.Budget(), nb.Budget(16, rounds=2), nb.Budget(8, rounds=4), nb.Budget(4, rounds=2))
     by_budget = [outcomes(nb, budget, 0) + outcomes(nb, budget, 1000) for budget in budgets]
@@ -70,12 +71,12 @@ def test_right_answers_pass_and_wrong_ones_are_refused(nb):
               f"{sum(refused for refused, wrong, *_ in found if wrong)}")
     count, (wrong_ones, covered, pixels, _, alone) = len(given), map(sum, zip(*given))
     right = [refused for refused, wrong, *_ in by_budget[0] if not wrong]
-    assert len(cases) >= 200 and count >= 80
+    assert count >= 80
     assert sum(right) <= 0.1 * len(right)
     assert wrong_ones <= 0.05 * count < alone
     assert 0.9 * count <= covered <= 0.99 * count and 0.9 * count <= pixels <= 0.99 * count
     mended = [refused or not wrong for refused, wrong, *_, alone in cases if alone]
-    assert len(mended) >= 20 and sum(mended) >= 0.75 * len(mended)  # by a refusal or by the floor of the error
+    assert len(mended) >= 20 and sum(mended) >= 0.75 * len(mended)
 
 
 def with_a_mode_that_is_never_proposed(nb):
