@@ -111,7 +111,7 @@ def z_of(log_probs, draws, weights=None):
 
 def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
     """All 256 levels, by E: log Z within 8.4 standard errors of 16 runs, the draws within 0.15 in total variation. The
-    controls: a log Z that is 0.2 nats less; the draws without their weights."""
+    controls: a log Z that is 0.4 nats less; the draws without their weights."""
     image, pixel = mnist[2][3], (14, 18)  # at the edge of the stroke: 1.6 nats of doubt
     known = torch.arange(784).view(28, 28) != 14 * 28 + 18
     probs = nb.conditional_given_rest(model, image, pixel)
@@ -123,26 +123,27 @@ def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
         drawn = found.draws[:, :, *pixel].flatten().bincount(torch.softmax(log_w.flatten(), dim=0), 256)
         return (drawn - probs).abs().sum() / 2
 
-    print("log Z off by", errors_off(found.log_z, exact), "and", errors_off(found.log_z, exact - 0.2), "errors, draws by",
+    print("log Z off by", errors_off(found.log_z, exact), "and", errors_off(found.log_z, exact - 0.4), "errors, draws by",
           distance(found.log_w), "and", distance(torch.zeros_like(found.log_w)))
     assert answer.status == "converged" and answer.remarks == []
-    assert errors_off(found.log_z, exact) < BOUND < errors_off(found.log_z, exact - 0.2)
+    assert errors_off(found.log_z, exact) < BOUND < errors_off(found.log_z, exact - 0.4)
     assert distance(found.log_w) < 0.15 < distance(torch.zeros_like(found.log_w))
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_complete_meets_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 8.4 standard errors of 16 runs, with a look and
-    copies. The controls: the same draws without their weights; log m of the copies forgotten."""
+    copies. The controls: a table whose log p is half as much again; log m of the copies forgotten."""
     image, known, log_probs, log_evidence = pair
     answer = nb.complete(model, image, known, 1, nb.Budget(64, 16, 2), 3, guide if learned else None)
     found = answer.found
     weights = (found.log_w - log_evidence).exp() / found.log_w.shape[1]
     ratio = weights.sum(dim=1)
-    print("Z-hat / Z", ratio.mean(), ratio.std() / 4, "z", z_of(log_probs, found.draws, weights), "unweighted",
-          z_of(log_probs, found.draws))
+    sharper = (1.5 * log_probs).flatten().log_softmax(0).view_as(log_probs)
+    print("Z-hat / Z", ratio.mean(), ratio.std() / 4, "z", z_of(log_probs, found.draws, weights), "and",
+          z_of(sharper, found.draws, weights))
     assert abs(ratio.mean() - 1) < BOUND * ratio.std() / 4 < abs(nb.COPIES * ratio.mean() - 1)
-    assert z_of(log_probs, found.draws, weights) < BOUND
+    assert z_of(log_probs, found.draws, weights) < BOUND < z_of(sharper, found.draws, weights)
 
 
 def test_gibbs_meets_it_and_forward_gibbs_does_not(nb, model, guide, pair):

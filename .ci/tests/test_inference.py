@@ -146,7 +146,7 @@ def test_draws_and_evidence_of_complete_agree_with_the_table(nb, tiny, table, ev
 @pytest.mark.parametrize("hidden, status", [((0, 1, 2), "converged"), ((5, 6, 7, 8), "exact"), ((0, 4), "converged")])
 def test_an_answer_depends_on_the_known_pixels_and_the_seed_alone(nb, tiny, table, evidence, hidden, status):
     """One of the masks is a prefix's, where log Z is exact; else within 5.6 standard errors of the table. The control: a
-    log Z that is 0.2 nats less."""
+    log Z that is 0.5 nats less."""
     known, image = known_mask(*hidden), evidence[1]
     other = torch.where(known, image, 2 - image)
     answer, same, later = (nb.complete(tiny, x, known, 60, nb.Budget(40, 60), seed)
@@ -157,7 +157,7 @@ def test_an_answer_depends_on_the_known_pixels_and_the_seed_alone(nb, tiny, tabl
         assert abs(answer.log_evidence - exact) < 1e-9
     else:
         log_z = answer.found.log_z
-        assert errors_off(log_z, exact) < t_bound(60) < errors_off(log_z, exact - 0.2)
+        assert errors_off(log_z, exact) < t_bound(60) < errors_off(log_z, exact - 0.5)
     assert torch.equal(same.draws, answer.draws) and same.log_evidence == answer.log_evidence
     assert not torch.equal(later.draws, answer.draws)
 
