@@ -1,6 +1,6 @@
 """What the statistical tests may differ by: one comparison in two million exceeds its bound by chance.
 
-The suite makes about 120 such comparisons. So a correct program fails any of them with probability below 1e-4, as far
+The suite makes fewer than 200 such comparisons. So a correct program fails any of them with probability below 1e-4, as far
 as the statistics follow t and chi-square: means of skewed weights and small counts do so roughly.
 """
 
@@ -15,7 +15,7 @@ def t_bound(n):
 
 
 def errors_off(log_z, exact):
-    """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z: no floor hides a fault."""
+    """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z, without a floor."""
     ratios = (log_z - exact).exp()
     return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)
 

@@ -1,5 +1,5 @@
-"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small config
-and images for it."""
+"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small network's
+sizes, images and recipe for it."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def tiny(nb):
 def table(nb, tiny):
     """(all images of the tiny model, their log-probabilities)."""
     images = nb.all_images(tiny)
-    return images, nb.log_prob(tiny, images, 4096)
+    return images, nb.log_prob(tiny, images)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +59,13 @@ def mnist(nb):
 @pytest.fixture(scope="session")
 def config(nb):
     """Of a network that trains in a second, 5x4 pixels and 3 levels."""
-    return nb.Config(height=5, width=4, levels=3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4,
-                     images_seen=640, batch_size=16, validate_every=10)
+    return nb.Config(5, 4, 3, embedding=4, channels=8, bottleneck=8, dilations=(1, 2), context=4)
+
+
+@pytest.fixture(scope="session")
+def recipe(nb):
+    """Forty steps for it; the weights change from the first on."""
+    return nb.Recipe(640, warmup=64, decay=160, batch_size=16, ema_decay=0.9, validate_every=15)
 
 
 @pytest.fixture(scope="session")

@@ -5,52 +5,52 @@ from pathlib import Path
 
 import pytest
 import torch
-from guides import known_mask
 
-IMAGE, KNOWN = torch.zeros(3, 3, dtype=torch.uint8), known_mask(0, 1)
+IMAGE = torch.zeros(3, 3, dtype=torch.uint8)
+KNOWN = torch.arange(9).view(3, 3) > 1
 TWO = IMAGE.expand(2, 3, 3)
 
 
-def runs(nb, model, seeds, reference=None):
-    return nb.smc(nb.Guide(model).told(IMAGE[None], KNOWN), IMAGE[None], 4, seeds, reference)
-
-
-def train(nb, model, images, validation):
-    return nb.train(model.config, images, validation, path=Path("none.pt"), device="cpu")
+def train(nb, images, validation):
+    return nb.train(nb.tiny_model(), images, validation, [nb.Recipe(640, 0, 0)], Path("none.pt"))
 
 
 WRONG = [  # what is said, what is done
     ("images: .*float32", lambda nb, model: nb.log_prob(model, torch.zeros(1, 3, 3))),
-    (r"images: .*shape \[3, 3\]", lambda nb, model: nb.log_prob(model, IMAGE)),
-    (r"images: .*shape \[1, 2, 3\]", lambda nb, model: nb.log_prob(model, IMAGE[None, :2])),
+    (r"images: .*uint8 \[3, 3\]", lambda nb, model: nb.log_prob(model, IMAGE)),
+    (r"images: .*uint8 \[1, 2, 3\]", lambda nb, model: nb.bits_per_dim(model, IMAGE[None, :2])),
     ("images: .*300", lambda nb, model: nb.log_prob(model, torch.full((1, 3, 3), 300))),
     ("images: .*-1", lambda nb, model: nb.log_prob(model, torch.full((1, 3, 3), -1))),
     ("images: .*bool", lambda nb, model: nb.log_prob(model, KNOWN[None])),
-    ("images: .*batch of 64, got 2", lambda nb, model: nb.batch_at(TWO, model.config, 0)),
-    ("images: .*float32", lambda nb, model: train(nb, model, torch.zeros(64, 3, 3), TWO)),
-    ("validation: .*4..4", lambda nb, model: train(nb, model, TWO, TWO + 4)),
+    ("images: .*list", lambda nb, model: nb.pixel_log_probs(model, IMAGE.tolist())),
+    ("batches: .*at least 64 images, got 2", lambda nb, model: train(nb, TWO, TWO)),
+    ("batches: .*float32", lambda nb, model: train(nb, torch.zeros(64, 3, 3), TWO)),
+    ("validation: .*4..4", lambda nb, model: train(nb, TWO, TWO + 4)),
     ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
+    ("image and known", lambda nb, model: nb.sample(model, 3, known=KNOWN)),
+    ("image: .*3..3", lambda nb, model: nb.sample(model, 3, image=IMAGE + 3, known=KNOWN)),
     ("known: .*uint8", lambda nb, model: nb.sample(model, 3, image=IMAGE, known=IMAGE)),
-    ("image: expected one or 3, got 2", lambda nb, model: nb.sample(model, 3, image=TWO, known=KNOWN)),
-    ("known: expected one or 3, got 2", lambda nb, model: nb.sample(model, 3, image=IMAGE, known=TWO > 0)),
-    ("temperature", lambda nb, model: nb.sample(model, 3, temperature=0)),
-    ("stop", lambda nb, model: nb.sample(model, 3, stop=(3, 0))),
-    ("known: expected a bool tensor", lambda nb, model: nb.complete(model, IMAGE, KNOWN[:2])),
-    ("known: expected a bool tensor", lambda nb, model: nb.complete(model, IMAGE, None)),
-    (r"known: expected one mask \[h, w\], got \[2, 3, 3\]", lambda nb, model: nb.complete(model, IMAGE, TWO > 0)),
-    (r"image: expected integers .* of shape \[1, 2, 3, 3\]", lambda nb, model: nb.complete(model, TWO, KNOWN)),
+    (r"known: .*\[3, 2\]", lambda nb, model: nb.sample(model, 3, image=IMAGE, known=KNOWN[:, :2])),
+    (r"image: .*\[1, 2, 3, 3\]", lambda nb, model: nb.sample(model, 2, image=TWO, known=KNOWN)),
+    (r"known: expected one mask.*\[2, 3, 3\]", lambda nb, model: nb.sample(model, 2, image=IMAGE, known=TWO > 0)),
+    *(("temperature: .*> 0", lambda nb, model, t=t: nb.sample(model, 3, temperature=t)) for t in (0, -1, float("nan"))),
+    ("known: expected one mask", lambda nb, model: nb.complete(model, IMAGE, KNOWN[:2])),
+    ("known: expected one mask", lambda nb, model: nb.complete(model, IMAGE, None)),
+    (r"known: expected one mask.*\[2, 3, 3\]", lambda nb, model: nb.complete(model, IMAGE, TWO > 0)),
+    (r"image: expected integers .*\[1, 2, 3, 3\]", lambda nb, model: nb.complete(model, TWO, KNOWN)),
     ("guide: expected one for this model", lambda nb, model: nb.complete(
         model, IMAGE, KNOWN, guide=nb.Guide(nb.tiny_model()))),
-    ("pixel: expected", lambda nb, model: nb.conditional_given_rest(model, IMAGE, (3, 0))),
-    ("seeds: expected 1, one an image, got 2", lambda nb, model: runs(nb, model, [1, 2])),
-    ("reference: expected the known pixels of images", lambda nb, model: runs(nb, model, [1], IMAGE[None] + 1)),
+    *(("pixel: expected", lambda nb, model, ask=ask: getattr(nb, ask)(model, IMAGE, (3, 0))) for ask in (
+        "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
+    ("pixel: expected", lambda nb, model: nb.marginal(model, (0, -1))),
+    ("device: .*tpu", lambda nb, model: nb.pick_device("tpu")),
     *((f"config: .*{name}", lambda nb, model, name=name, value=value: replace(model.config, **{name: value}))
-      for name, value in dict(channels=0, levels=1, height=2.5, dilations=(1, 0), first_mask="C", width=None).items()),
-    *(("budget: expected", lambda nb, model, name=name, value=value: nb.Budget(**{name: value}))
-      for name, value in dict(particles=0, runs=1, rounds=0).items())]
+      for name, value in dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,), embedding=1,
+                              first_mask="C", width=None).items())]
 
 
 @pytest.mark.parametrize("said, call", WRONG)
 def test_wrong_arguments_are_refused_by_name(nb, tiny, said, call):
     with pytest.raises(ValueError, match=said):
         call(nb, tiny)
+    assert not Path("none.pt").exists()

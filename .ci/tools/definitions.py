@@ -2,7 +2,6 @@
 
 For all of .ci. Torch is first imported by those cells: the pretended GPU has to come before it.
 """
-import contextlib
 import json
 import os
 import sys
@@ -25,14 +24,3 @@ def definitions():
         if "define" in cell["metadata"].get("tags", []):
             exec(compile("".join(cell["source"]), f"PixelCNN.ipynb cell {number}", "exec"), nb.__dict__)
     return nb
-
-
-def train_until(nb, stop, *arguments, loss=None, **options):
-    """nb.train, interrupted when step `stop` begins; its state is saved after each step, unless options say otherwise."""
-    def interrupted(model, batch, step):
-        if step == stop:
-            raise KeyboardInterrupt
-        return (loss or nb.training_loss)(model, batch, step)
-
-    with contextlib.suppress(KeyboardInterrupt):
-        nb.train(*arguments, loss=interrupted, **{"save_seconds": 0, **options})

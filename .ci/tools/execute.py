@@ -1,10 +1,10 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
-usage: python .ci/tools/execute.py [--fast] [--prove] [--publish] [--in FOLDER] [--timeout SECONDS]
+usage: python .ci/tools/execute.py [--fast] [--publish] [--in FOLDER] [--timeout SECONDS]
 FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs, its settings as they were.
---publish: the released run. With PROVE, from an empty run/; when it has ended, its pictures and results replace those of
-figures/, with what calibrate.py found apart for the same weights, and the picture of the first screen is drawn anew
-(hero.py).
+--publish: the released run, from an empty run/. When it has ended, its pictures and the RESULTS below, with what
+calibrate.py found apart for the same weights, replace those of figures/, and the picture of the first screen is drawn
+anew (hero.py).
 """
 import argparse
 import copy
@@ -19,6 +19,52 @@ from nbclient import NotebookClient
 
 TOOLS = Path(__file__).resolve().parent
 APART = TOOLS / "record" / "apart.json"
+
+# Name, what it is, its standard error, n, and how it came about; but for the last expressions in the notebook's names.
+RESULTS = [
+    ("test_bits_per_dim", "test_bits.mean()", "mean_and_error(test_bits)[1]", "len(test_bits)",
+     "released checkpoint, exact log-likelihood in float32, stderr over images"),
+    ("test_nats_per_image", "test_nats.mean()", "mean_and_error(test_nats)[1]", "len(test_nats)", "the same"),
+    ("parameters", "parameter_count", None, "1", "counted"),
+    ("epochs", "model.history[-1]['images'] / 55_000", None, "1", "images seen over images in the training set"),
+    ("smallest_bits_per_pixel", "smallest_bits", None, "len(coarse_validation)",
+     "smallest model, 14x14 pixels of four levels"),
+    ("small_bits_per_pixel", "small_bits", None, "len(coarse_validation)", "small version, the same images"),
+    ("causality_largest_leak_logit", "trained_leak", None, "14 * 28",
+     "each pixel of the upper half of a test image changed, float64, all outputs at it or before it"),
+    ("leaky_validation_invalid_bits_per_dim", "leaky_bits", None, "len(validation_images[:200])",
+     "mask B in the first layer: not a likelihood"),
+    ("sample_bits_per_dim", "sample_bits.mean()", "mean_and_error(sample_bits)[1]", "len(sample_bits)",
+     "the model's own draws"),
+    ("sampler_speedup_vs_naive_batch64", "speedup[64]", None, "64",
+     "wall clock, better of two; the naive loop: one pass times 784"),
+    ("sampler_speedup_vs_naive_batch256", "784 / passes[256]", None, "256",
+     "wall clock, better of two; the naive loop: one pass in parts of 64, its fastest way, times 784"),
+    ("sampler_times_one_pass_batch256", "passes[256]", None, "256", "wall clock, better of two"),
+    ("question_a_probability_of_0", "first_pixel_marginal.probs[0]", None, "1", "exact, one softmax"),
+    ("question_b_probability_of_ink", "centre_ink", "centre_ink_stderr", "1024", "mean over ancestral beginnings"),
+    ("tiny_total_variation_forward_gibbs", "gibbs_distance['forward Gibbs']", None, "len(wrong)",
+     "forward Gibbs against enumeration, 3x3 model"),
+    ("tiny_total_variation_weights", "tiny_weighted_distance", None, "len(tiny_found.log_w)",
+     "weighted draws of the model alone against enumeration, 3x3 model"),
+    ("question_g_converged_of_3", "[a.status for a in tops.values()].count('converged')", None, "len(tops)",
+     "the first three test images"),
+    ("any_mask_converged_of_4", "[a.status for a in others.values()].count('converged')", None, "len(others)",
+     "masks of the first test image"),
+    ("notebook_minutes", "(time.monotonic() - run_started) / 60", None, "1", "this run, checkpoints loaded"),
+]
+
+RESULTS_CELL = f"""import json
+(RUN / "results.json").write_text(json.dumps(dict(
+    device=where if device.type == "cuda" else f"CPU, {{torch.get_num_threads()}} threads",
+    weights={{path.name: sha256_of(path) for path in (model_path, guide_path, leaky_path)}},
+    results={{name: dict(value=float(eval(value)), stderr=stderr and float(eval(stderr)), n=eval(n), how=how)
+             for name, value, stderr, n, how in {RESULTS!r}}})))"""
+
+
+def last_cells():
+    """What a published run has at its end: the results, and the picture of the first screen."""
+    return [nbformat.v4.new_code_cell(source) for source in (RESULTS_CELL, (TOOLS / "hero.py").read_text())]
 
 
 class Telling(NotebookClient):
@@ -39,27 +85,24 @@ class Telling(NotebookClient):
                 print(f"{minutes:6.1f} min  cell {cell_index}, {self.section}: {took:.0f} s", flush=True)
 
 
-def switch_on(notebook, *names):
-    """Set FAST or PROVE to True: (the cell with the settings, its source as it was)."""
+def set_fast(notebook, fast=True):
+    """Set FAST in the cell with the settings."""
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    before = settings.source
-    for name in names:
-        settings.source, found = re.subn(f"^{name} = False", f"{name} = True", settings.source, flags=re.M)
-        assert found == 1, f"{name} = False is not among the settings"
-    return settings, before
+    settings.source, found = re.subn(r"^FAST = \w+", f"FAST = {fast}", settings.source, flags=re.M)
+    assert found == 1, "FAST is not among the settings"
 
 
 def publish(made, figures, first_cell, apart=APART):
     """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell."""
-    shutil.rmtree(figures, ignore_errors=True)
-    figures.mkdir()
-    for path in [*made.glob("*.png"), *made.glob("*.gif")]:
-        shutil.copy(path, figures)
     results = json.loads((made / "results.json").read_text())
     if apart.exists():
         found = json.loads(apart.read_text())
         if found["weights"].items() <= results["weights"].items():
             results["results"] |= found["results"]
+    shutil.rmtree(figures, ignore_errors=True)
+    figures.mkdir()
+    for path in made.glob("*.png"):
+        shutil.copy(path, figures)
     (figures / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     hero = (made / "hero.txt").read_text()
     first_cell.source, found = re.subn(r"base64,[A-Za-z0-9+/=]+", lambda _: f"base64,{hero}", first_cell.source)
@@ -69,32 +112,32 @@ def publish(made, figures, first_cell, apart=APART):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="small networks and few images")
-    parser.add_argument("--prove", action="store_true", help="with appendix B")
     parser.add_argument("--publish", action="store_true", help="the released run")
     parser.add_argument("--in", dest="folder", default=".")
     parser.add_argument("--timeout", type=int, help="seconds that a cell may take")
     options = parser.parse_args()
     folder = Path(options.folder)
     notebook = nbformat.read(folder / "PixelCNN.ipynb", as_version=4)
-    settings, before = switch_on(notebook, *["FAST"] * options.fast, *["PROVE"] * (options.prove or options.publish))
-    cells = notebook.cells
+    count = len(notebook.cells)
+    if options.fast:
+        set_fast(notebook)
     if options.publish:
         shutil.rmtree(folder / "run", ignore_errors=True)
-        notebook.cells = [*cells, nbformat.v4.new_code_cell((TOOLS / "hero.py").read_text())]
+        notebook.cells += last_cells()
     client = Telling(notebook, timeout=options.timeout, resources={"metadata": {"path": str(folder.resolve())}})
 
     def keep():
-        kept = copy.copy(notebook)
-        kept.cells = cells
-        changed, settings.source = settings.source, before
+        kept = copy.deepcopy(notebook)
+        kept.cells = kept.cells[:count]
+        if options.fast:
+            set_fast(kept, False)
         nbformat.write(kept, folder / "PixelCNN.ipynb")
-        settings.source = changed
 
     client.begun, client.section, client.keep = time.monotonic(), "", keep
     try:
         client.execute()
         if options.publish:
-            publish(folder / "run", folder / "figures", cells[0])
+            publish(folder / "run", folder / "figures", notebook.cells[0])
     finally:
         keep()
 

@@ -1,6 +1,6 @@
 """A pytest plugin that shifts the seeds in the body of each test by SHIFT: is any test flaky?
 
-    for k in {1..20}; do SHIFT=$k PYTHONPATH=.ci/tools .venv/bin/pytest -p repeat_seeds .ci/tests/test_inference.py; done
+    for k in {1..20}; do SHIFT=$k PYTHONPATH=.ci/tools .venv/bin/pytest -p repeat_seeds .ci/tests/test_guide.py; done
 
 Those of torch.Generator, torch.manual_seed and numpy.random.default_rng. Fixtures keep theirs.
 """

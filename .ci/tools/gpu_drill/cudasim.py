@@ -4,11 +4,9 @@ Tensors "on cuda" are wrapper subclasses (torch.Tensor._make_wrapper_subclass, d
 .device == cuda:0, .numpy() refuses, autocast takes CUDA's lists) around a CPU tensor. Every op passes `Sim`, a
 TorchDispatchMode: it checks devices as CUDA would, runs the op on the CPU data, wraps the result.
 
-sim.errors: what CUDA would refuse (also raised, as RuntimeError). sim.ops: Counter of ops on "cuda". sim.syncs:
-host-device synchronisations. sim.h2d: copies. sim.live, sim.peak: bytes "on cuda", if memory=True; with limit=bytes an
-operation whose result does not fit raises torch.OutOfMemoryError, as CUDA would.
+sim.errors: what CUDA would refuse (also raised, as RuntimeError). sim.ops: how many operations ran "on cuda".
 """
-import collections, ctypes, importlib.metadata, importlib.util, os, subprocess, sys, tempfile, traceback, weakref
+import ctypes, importlib.metadata, importlib.util, os, subprocess, sys, tempfile, traceback
 assert "torch" not in sys.modules, "import cudasim before torch: guard.so must register its hooks first"
 _lib = os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib")
 ctypes.CDLL(os.path.join(_lib, "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
@@ -32,16 +30,15 @@ torch.__future__.set_overwrite_module_params_on_conversion(True)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def pretend(bf16=False):
-    """A T4, or with bf16 an A100."""
+def pretend():
+    """A T4, which has no bfloat16."""
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
-    torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or bf16
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation
     torch.cuda.synchronize = lambda *a: None
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.get_device_name = lambda *a: "A100 (pretended)" if bf16 else "Tesla T4 (pretended)"
+    torch.cuda.get_device_name = lambda *a: "Tesla T4 (pretended)"
 
 
 def _lists(i):
@@ -96,32 +93,12 @@ INDEX_PUT = {aten.index_put_.default, aten.index_put.default, aten._index_put_im
 SCALAR_OK = {aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor,
              aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor}
 POINTWISE = {"where", "lerp", "add", "sub", "mul", "div", "addcmul", "addcdiv", "clamp", "maximum", "minimum"}
-WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "repeat_interleave",
-         "bincount", "unique_consecutive"}
-VIEWS = {"view", "_unsafe_view", "select", "slice", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze",
-         "split", "split_with_sizes", "unbind", "as_strided", "alias", "detach", "diagonal", "unfold", "view_as",
-         "_reshape_alias", "chunk", "_conj", "lift_fresh", "is_same_size", "numpy_T", "real", "view_as_real"}
-# FLOPs a second, float32 and half precision: a tenth of the peak, or a third
-RATES = {"T4": (8.1e12 / 10, 65e12 / 10), "A100": (19.5e12 / 3, 312e12 / 3)}
-
-
-def launches_and_views(ops):
-    """How many of each are in a Counter of operations."""
-    views = sum(count for name, count in ops.items() if name in VIEWS)
-    return sum(ops.values()) - views, views
-
-
-def seconds(launches, views, flops, half=0):
-    """What that takes on each card, by the rates of counts.py."""
-    waiting = 8e-6 * launches + 2e-6 * views
-    return {card: max(waiting, flops / rates[half]) for card, rates in RATES.items()}
 
 
 class Sim(TorchDispatchMode):
-    def __init__(self, memory=False, limit=None):
+    def __init__(self):
         super().__init__()
-        self.errors, self.ops, self.syncs, self.h2d = [], collections.Counter(), collections.Counter(), 0
-        self.memory, self.limit, self.live, self.peak, self.seen = memory, limit, 0, 0, {}
+        self.errors, self.ops = [], 0
 
     def __enter__(self):
         SIM.append(self)
@@ -139,20 +116,6 @@ class Sim(TorchDispatchMode):
         self.errors.append((str(func), why, where))
         raise RuntimeError(f"{func}: {why}")
 
-    def wrap(self, x):
-        if self.memory and (storage := x.untyped_storage())._cdata not in self.seen:
-            key = storage._cdata
-            self.seen[key] = -(-storage.nbytes() // 512) * 512  # the caching allocator rounds to 512 bytes
-            self.live += self.seen[key]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, key)
-            if self.limit is not None and self.live > self.limit:
-                raise torch.OutOfMemoryError("pretended CUDA: out of memory")
-        return Gpu(x)
-
-    def forget(self, key):
-        self.live -= self.seen.pop(key, 0)
-
     def run(self, func, args, kwargs):
         flat, spec = pytree.tree_flatten((args, kwargs))
         gpu = [a for a in flat if isinstance(a, Gpu)]
@@ -167,25 +130,7 @@ class Sim(TorchDispatchMode):
             self.fail(func, "Expected a 'cuda' device type for generator but found 'cpu'")
         if gpu and cpu and func not in COPIES:
             self.check(func, name, args, kwargs, gpu, cpu)
-        if func in COPIES:
-            if func is aten._to_copy.default:
-                if device is not None and torch.device(device).type == "cpu":
-                    self.syncs["copy to cpu"] += 1
-                elif not gpu:
-                    self.h2d += 1
-            elif not isinstance(args[0], Gpu):
-                self.syncs["copy to cpu"] += 1
-            elif not isinstance(args[1], Gpu):
-                self.h2d += 1
-        elif name in WAITS:
-            self.syncs[name] += 1
-        elif func in INDEX or func in INDEX_PUT:
-            for i in args[1]:
-                if i is not None and i.dtype in (torch.bool, torch.uint8) and isinstance(i, Gpu):
-                    self.syncs["mask index"] += 1
-                elif i is not None and not isinstance(i, Gpu):
-                    self.h2d += 1
-        self.ops[name] += 1
+        self.ops += 1
         owner = {id(g.elem): g for g in gpu}
         a, k = pytree.tree_unflatten([x.elem if isinstance(x, Gpu) else x for x in flat], spec)
         if device is not None:
@@ -193,7 +138,7 @@ class Sim(TorchDispatchMode):
         out = func(*a, **k)
         if device is not None and not to_cuda:
             return out
-        return pytree.tree_map_only(torch.Tensor, lambda x: owner[id(x)] if id(x) in owner else self.wrap(x), out)
+        return pytree.tree_map_only(torch.Tensor, lambda x: owner[id(x)] if id(x) in owner else Gpu(x), out)
 
     def check(self, func, name, args, kwargs, gpu, cpu):
         """Of an operation on tensors of both devices: fail where CUDA would."""
