@@ -1,15 +1,22 @@
-"""What the tests share: the notebook's definitions, the model that can be enumerated, MNIST, a small network's
-sizes, images and recipe for it."""
+"""What the tests share: the notebook's definitions, its networks at three sizes, MNIST, guides, and what a statistic may
+differ by: one comparison in two million exceeds its bound by chance. The suite makes fewer than 200 of them, so a
+correct program fails any with probability below 1e-4, as far as the statistics follow t and chi-square: means of skewed
+weights and small counts do so roughly.
+"""
 
 import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 from definitions import ROOT, definitions, notebook_cells
 
-NOTEBOOK = definitions()  # before a test imports torch, which then reads what the first cell sets for it
+NOTEBOOK = definitions()  # before torch is imported, which then reads what the first cell sets for it
+import torch
+
+FALSE_ALARM = 5e-7
 
 
 def pytest_configure(config):
@@ -69,7 +76,58 @@ def recipe(nb):
 
 
 @pytest.fixture(scope="session")
-def images(nb):
+def images():
     """A hundred for that network; columns repeat, so that there is something to learn."""
-    generator = nb.torch.Generator().manual_seed(0)
-    return nb.torch.randint(0, 3, (100, 5, 1), generator=generator, dtype=nb.torch.uint8).repeat(1, 1, 4)
+    return random_images(100, 5, 1, 3).repeat(1, 1, 4)
+
+
+def random_images(n, height=28, width=28, levels=256):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, levels, (n, height, width), generator=generator, dtype=torch.uint8)
+
+
+def same(a, b):
+    """Whether two networks have the same weights, to the last bit."""
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+def known_mask(*hidden):
+    """Of the 3x3 model."""
+    known = torch.ones(3, 3, dtype=torch.bool)
+    known.view(-1)[list(hidden)] = False
+    return known
+
+
+def meaningless_guide(nb, model, strength=0.15, powers=(0.7, 0.6), seed=3):
+    """A guide with random weights: its hints mean nothing, and they reach every block. Its powers need not sum to 1."""
+    torch.manual_seed(seed)
+    network = nb.starting_guide(model, (1, 2)).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.startswith("encoder.") or ".told." in name:
+            parameter.add_(strength * torch.randn_like(parameter))
+    network.powers.copy_(torch.tensor(powers))
+    return nb.Guide(model, network)
+
+
+def either_guide(nb, model, learned):
+    """The model alone, or a meaningless guide."""
+    return meaningless_guide(nb, model) if learned else nb.Guide(model)
+
+
+def guide_log_prob(nb, guide, images, known):
+    """log g(x_U | x_K) of each image [n, h, w], float64 [n], nats."""
+    return nb.guide_pixel_log_probs(guide, images, known.expand(images.shape)).sum(dim=(1, 2))
+
+
+def t_bound(n):
+    """Of |mean - truth| in standard errors, both from n independent values (5.0 for large n)."""
+    return stats.t.isf(FALSE_ALARM / 2, n - 1)
+
+
+MANY = t_bound(10**9)
+
+
+def errors_off(log_z, exact):
+    """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z, without a floor."""
+    ratios = (log_z - exact).exp()
+    return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from guides import guide_log_prob, known_mask, meaningless_guide
+from conftest import guide_log_prob, known_mask, meaningless_guide, same
 
-MASKS = [known_mask(*hidden) for hidden in ((0, 1, 2), (0, 1, 4, 6), (3, 5, 8), (1, 2, 4, 7))]
+MASKS = [known_mask(*hidden) for hidden in ((0, 1, 2), (0, 1, 4, 6), (3, 5, 8))]
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def guide(nb, tiny):
 
 
 def test_it_starts_as_the_model(nb, tiny, table):
-    """log g = log p within 1e-12 where hidden, 0 where known, whatever is known. The control: a hint that says
-    something."""
+    """log g = log p within 1e-12 where hidden, 0 where known: it would see weights that are not taken over. The control:
+    a hint that says something."""
     images = table[0][::500]
     known = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     network = nb.starting_guide(tiny, (1,)).requires_grad_(False)
@@ -31,50 +31,44 @@ def test_it_starts_as_the_model(nb, tiny, table):
     assert off() > 1e-3
 
 
-@pytest.mark.parametrize("known", MASKS)
+@pytest.mark.parametrize("known", MASKS[1:3])
 def test_the_hint_says_what_is_known_and_nothing_else(nb, guide, evidence, known):
-    """One pixel after the other gets each other level: a hidden one never matters to the hint, a known one always does;
-    and whether it is known matters."""
+    """One pixel after the other gets another level: a hidden one never matters to the hint, a known one always does; and
+    whether it is known matters. It would see a guide that reads what it is to propose."""
+    one = torch.eye(9).view(9, 3, 3) == 1
+
+    def moves(image, images, masks):
+        moved = guide.network.hint(images, masks) - guide.network.hint(image[None], known[None])
+        return moved.abs().amax(dim=(1, 2, 3)) > 1e-9  # rounding
+
     for image in evidence:
-        for other in (1, 2):
-            changed = torch.where(torch.eye(9).view(9, 3, 3) == 1, (image + other) % 3, image)
-            moved = guide.network.hint(changed, known.expand(9, 3, 3)) - guide.network.hint(image[None], known[None])
-            assert torch.equal(moved.abs().amax(dim=(1, 2, 3)) > 1e-9, known.flatten())  # rounding
-    masks = known ^ (torch.eye(9).view(9, 3, 3) == 1)
-    moved = guide.network.hint(image.expand(9, 3, 3), masks) - guide.network.hint(image[None], known[None])
-    assert (moved.abs().amax(dim=(1, 2, 3)) > 1e-9).all()
+        changed = torch.where(one, (image + 1) % 3, image)
+        assert torch.equal(moves(image, changed, known.expand(9, 3, 3)), known.flatten())
+        assert moves(image, image.expand(9, 3, 3), known ^ one).all()
 
 
 @pytest.mark.parametrize("known", MASKS)
 def test_its_probabilities_sum_to_one(nb, guide, table, evidence, known):
-    """Over each hidden pixel's levels, which move no earlier factor, and over all completions, within 1e-12. The
-    control: the product of powers without the softmax."""
+    """Over all completions, within 1e-12: it would see a factor that a later pixel moves. The control: the product of
+    powers without the softmax."""
     support, _, _ = nb.exact_posterior(*table, evidence[1], known)
     assert abs(guide_log_prob(nb, guide, support, known).exp().sum() - 1) < 1e-12
     hint = guide.network.hint(support, known.expand(support.shape))
     mine = nb.gather_log_probs(guide.network(support, hint), support)
     bare = (torch.stack([nb.pixel_log_probs(guide.model, support), mine], dim=-1) * guide.network.powers).sum(dim=-1)
     assert abs(bare[:, ~known].sum(dim=1).exp().sum() - 1) > 0.1
-    for place in (~known).flatten().nonzero()[:, 0]:
-        images = evidence[1].repeat(3, 1, 1)
-        images.view(3, 9)[:, place] = torch.arange(3)
-        log_g = nb.guide_pixel_log_probs(guide, images, known.expand(3, 3, 3)).view(3, 9)
-        assert abs(log_g[:, place].exp().sum() - 1) < 1e-12
-        assert (log_g - log_g[0])[:, :place].abs().sum() < 1e-12
 
 
-def test_random_masks_depend_on_the_seed_alone_and_hide_something(nb):
-    for size in ((28, 28), (3, 3), (2, 5), (1, 1)):
+def test_random_masks_depend_on_the_seed_alone_hide_something_and_come_in_their_shares(nb):
+    """In any size. Of 2,000 the shares of G's, D's and other rows times columns (rectangles, say) are within 0.045, 4
+    standard deviations: it would see a kind that is left out."""
+    for size in ((28, 28), (2, 5), (1, 1)):
         config = nb.Config(*size)
         masks = nb.random_masks(300, config, 7)
         assert masks.shape == (300, *size) and (~masks).flatten(1).any(dim=1).all()
         assert torch.equal(masks, nb.random_masks(300, config, 7))
-    assert not torch.equal(nb.random_masks(3, nb.Config(), 7), nb.random_masks(3, nb.Config(), 8))
-
-
-def test_the_kinds_of_masks_come_in_their_shares(nb):
-    """2,000 masks: G's, D's, other rows times columns (rectangles, say), within 0.045, 4 standard deviations."""
     hidden = ~nb.random_masks(2000, nb.Config(), 0)
+    assert not torch.equal(hidden, ~nb.random_masks(2000, nb.Config(), 8))
     place = torch.arange(784).view(28, 28)
     top, future = ((hidden == kind).flatten(1).all(dim=1) for kind in (place < 392, place <= 406))
     product = hidden.any(dim=2, keepdim=True) & hidden.any(dim=1, keepdim=True)
@@ -87,7 +81,8 @@ def test_the_kinds_of_masks_come_in_their_shares(nb):
 
 
 def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, config, images):
-    """A function of the step, in whatever order it is asked; the draws are those of `sample`, portion by portion."""
+    """A function of the step, in whatever order it is asked; the draws are those of `sample`, portion by portion. It
+    would see draws that come twice (they are memorised), and a resumed training that sees others."""
     torch.manual_seed(0)
     model = nb.PixelCNN(config).eval()  # nearly uniform: no image comes twice
     recipe = nb.Recipe(640, warmup=160, decay=160, batch_size=16)
@@ -101,8 +96,8 @@ def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, 
 
 
 def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
-    """KL(posterior || g) of the 3x3 model after 100 steps is below half the model's, with which it starts (without
-    learning it is 1); the loss falls. Its checkpoint is read as what it is."""
+    """KL(posterior || g) of the 3x3 model after 100 steps is below half the model's, with which it starts: it would see
+    a hint that is not learned. The loss falls; the checkpoint is read."""
     model = copy.deepcopy(tiny).float()
     images, path = nb.sample(tiny, 2000, seed=2), tmp_path / "guide.pt"
     recipe = nb.Recipe(3200, warmup=320, decay=800, batch_size=32, ema_decay=0.9, validate_every=50)
@@ -116,7 +111,4 @@ def test_training_teaches_it_the_evidence(nb, tiny, table, evidence, tmp_path):
         log_g = torch.stack([guide_log_prob(nb, nb.Guide(model, x), support, known) for x in (start, trained)])
         divergence += (posterior * (posterior.log() - log_g)).sum(dim=1)
     assert divergence[1] < 0.5 * divergence[0]
-    again = nb.load_checkpoint(path, "cpu", nb.GuideNetwork)
-    assert all(map(torch.equal, again.state_dict().values(), trained.state_dict().values()))
-    with pytest.raises(ValueError, match="of a PixelCNN"):
-        nb.load_checkpoint(path, "cpu")
+    assert same(nb.load_checkpoint(path, "cpu", nb.GuideNetwork), trained)

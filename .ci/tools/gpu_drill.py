@@ -1,0 +1,225 @@
+"""What a card refuses and a CPU forgives: the notebook's functions on a pretended CUDA device.
+
+usage: python .ci/tools/gpu_drill.py [--planted]
+Tensors "on cuda" are wrappers around CPU tensors; each operation is checked as CUDA would (one device) and runs on the
+CPU. Each call runs for small networks there, its images and masks on either side, and must give what it gives on the
+CPU; training is in float16, as on a T4. Exits 1 if one failed. --planted: a control, with masks that stay where they
+are. Not shown: speed, TF32, kernels' rounding, torch.compile.
+"""
+import contextlib
+import copy
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# A CUDA that does nothing, for C++ (the autograd engine, .to), which accepts device cuda:0 then; before torch.
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+using namespace c10;
+constexpr auto T = DeviceType::CUDA;
+struct Guard final : impl::NoOpDeviceGuardImpl<T> {
+  Device exchangeDevice(Device) const override { return Device(T, 0); }
+  Device getDevice() const override { return Device(T, 0); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(T, 0)); }
+};
+struct CUDAHooks : at::CUDAHooksInterface {
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+};
+using at::CUDAHooksRegistry;
+namespace at { REGISTER_CUDA_HOOKS(CUDAHooks); }
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+"""
+place = Path(importlib.util.find_spec("torch").origin).parent
+with tempfile.TemporaryDirectory() as folder:
+    include, built = place / "include", Path(folder) / "guard.so"
+    subprocess.run(["g++", "-std=c++20", "-fPIC", "-shared", "-I", include, "-x", "c++", "-", "-o", built],
+                   input=GUARD.encode(), check=True)
+    ctypes.CDLL(place / "lib" / "libtorch_cpu.so", mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(built)
+
+os.environ["TQDM_DISABLE"] = "1"
+import torch
+from definitions import definitions
+from torch.optim.optimizer import _foreach_supported_types as optimisers_types
+from torch.utils import _pytree as pytree
+from torch.utils._foreach_utils import _foreach_supported_types as clipping_types
+from torch.utils._python_dispatch import TorchDispatchMode
+
+refused, ran = [], []  # on the card
+
+
+def on_card(x):
+    return isinstance(x, Card)
+
+
+def allowed(func, args, flat):
+    """Whether CUDA takes these tensors together: CPU ones may be single numbers, indices, or what is copied."""
+    name = func._overloadpacket.__name__
+    if name in ("copy_", "copy", "_to_copy"):
+        return True
+    if name in ("index", "_unsafe_index"):
+        return on_card(args[0])
+    if "index_put" in name:
+        return on_card(args[0]) and (on_card(args[2]) or args[2].dim() == 0)
+    return all(x.dim() == 0 for x in flat if isinstance(x, torch.Tensor) and not on_card(x))
+
+
+def run(func, args, kwargs):
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    cards = {id(x.elem): x for x in flat if on_card(x)}
+    device = kwargs.get("device")
+    if not cards and (device is None or torch.device(device).type != "cuda"):
+        return func(*args, **kwargs)
+    if (cards and not allowed(func, args, flat)) or kwargs.get("generator") is not None:
+        refused.append(str(func))
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device")
+    ran.append(func)
+    args, kwargs = pytree.tree_unflatten([x.elem if on_card(x) else x for x in flat], spec)
+    if device is not None:
+        kwargs["device"] = "cpu"
+    out = func(*args, **kwargs)
+    if device is not None and torch.device(device).type == "cpu":
+        return out
+    return pytree.tree_map_only(torch.Tensor, lambda x: cards.get(id(x)) if id(x) in cards else Card(x), out)
+
+
+class Card(torch.Tensor):
+    """A tensor on the card; elem: what is in it."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, elem):
+        new = torch.Tensor._make_wrapper_subclass(
+            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
+            device="cuda:0")
+        new.elem = elem
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def __reduce_ex__(self, protocol):  # saved as what is in it
+        return self.elem.detach().__reduce_ex__(protocol)
+
+
+class Everywhere(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+optimisers_types.append(Card)  # as on CUDA: optimisers and clipping take the foreach way
+clipping_types.append(Card)
+torch.autograd.set_multithreading_enabled(False)  # no thread for a device that is not there
+torch.__future__.set_overwrite_module_params_on_conversion(True)
+torch.cuda._lazy_init = lambda: None
+torch.cuda.is_available = lambda: True
+torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation  # a T4
+torch.set_num_threads(1)
+nb = definitions()
+if "--planted" in sys.argv:
+    nb.check_known = lambda model, known: known
+
+torch.manual_seed(0)
+CONFIG = nb.Config(6, 6, 4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4)
+RECIPE = nb.Recipe(640, warmup=64, decay=160, batch_size=16, validate_every=10)
+MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
+NETWORK = nb.starting_guide(MODEL, (1, 2)).requires_grad_(False)
+for parameter in [*MODEL.parameters(), *NETWORK.parameters()]:
+    parameter.add_(0.15 * torch.randn_like(parameter))
+IMAGES = nb.sample(MODEL, 40, seed=1)
+KNOWN = torch.arange(36).view(6, 6) >= 18
+
+CALLS = {  # of a guide g, its model m, an image x and a mask k
+    "log_prob": lambda g, m, x, k: nb.log_prob(m, x[None]),
+    "influence": lambda g, m, x, k: nb.influence(m, x.to(m.device)),
+    "sample_naive": lambda g, m, x, k: nb.sample_naive(m, IMAGES[:3].to(m.device), seed=2),
+    "sample": lambda g, m, x, k: nb.sample(m, 5, image=x, known=k, temperature=0.8, seed=2),
+    "marginal": lambda g, m, x, k: nb.marginal(m, (3, 2), 32),
+    "conditional_given_past": lambda g, m, x, k: nb.conditional_given_past(m, x, (3, 2)),
+    "conditional_given_rest": lambda g, m, x, k: nb.conditional_given_rest(m, x, (3, 2)),
+    "conditional_given_future": lambda g, m, x, k: nb.conditional_given_future(m, x, (3, 2), guide=g, most=64),
+    "weighted_draws": lambda g, m, x, k: nb.weighted_draws(g, x, k, 32),
+    "gibbs_sweep": lambda g, m, x, k: nb.gibbs_sweep(m, x, KNOWN, torch.Generator().manual_seed(0)),
+    "gibbs_chains": lambda g, m, x, k: nb.gibbs_chains(g, IMAGES[:3].to(m.device), k, 2, 0),
+    "complete": lambda g, m, x, k: nb.complete(m, x, k, 4, g, 2048),
+    "complete, the model alone": lambda g, m, x, k: nb.complete(m, x, k, 4, most=8),
+    "complete, a prefix": lambda g, m, x, k: nb.complete(m, x, ~k, 4),
+    "the guide's loss": lambda g, m, x, k: nb.validation_bits(g.network, IMAGES.to(m.device)),
+    "fresh_batches": lambda g, m, x, k: nb.fresh_batches(m, IMAGES.repeat(8, 1, 1).to(x), steps=2)(RECIPE, 3)}
+
+
+def numbers(answer):
+    """The tensors and numbers of an answer, in a list."""
+    if isinstance(answer, (nb.Estimate, nb.Completion)):
+        answer = [x for x in vars(answer).values() if not isinstance(x, str)]
+    if isinstance(answer, (tuple, list)):
+        return [number for part in answer for number in numbers(part)]
+    return [] if answer is None else [torch.as_tensor(answer).cpu().double()]
+
+
+def compare(call):
+    """The card's answers, for images on the CPU and on the card, against the CPU's."""
+    wanted = numbers(call(nb.Guide(MODEL, NETWORK), MODEL, IMAGES[0], KNOWN))
+    for device in ("cpu", "cuda"):
+        model, network = (copy.deepcopy(x).to("cuda") for x in (MODEL, NETWORK))
+        network.given = [model]
+        found = numbers(call(nb.Guide(model, network), model, IMAGES[0].to(device), KNOWN.to(device)))
+        assert len(found) == len(wanted) > 0
+        assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(found, wanted)), "another answer"
+
+
+def trained(*devices):
+    """Weights of a training that is stopped in step 13 on each device but the last, where it goes on."""
+    def batches(recipe, step):
+        next(steps)
+        return nb.batch_at(IMAGES, recipe, step)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for device in devices:
+            torch.manual_seed(1)
+            steps = iter(range(40 if device == devices[-1] else 13))
+            with contextlib.suppress(StopIteration):
+                model = nb.train(nb.PixelCNN(CONFIG).to(device), batches, IMAGES[:20], [RECIPE],
+                                 Path(folder) / "model.pt", save_seconds=0)
+    return torch.cat([parameter.cpu().flatten() for parameter in model.parameters()])
+
+
+def training():
+    """In float16 with its scaler, close to float32 on a CPU; also if it is stopped on the other device and goes on."""
+    assert nb.training_dtype(torch.device("cuda")) == torch.float16
+    nb.training_dtype = lambda device: torch.float32 if device.type == "cpu" else torch.float16
+    plain = trained("cpu")
+    for devices in (["cuda"], ["cpu", "cuda"], ["cuda", "cpu"]):
+        found = trained(*devices)
+        assert found.isfinite().all() and 0 < (found - plain).abs().mean() < 0.05 * plain.abs().mean(), devices
+
+
+drills = {name: (lambda call=call: compare(call)) for name, call in CALLS.items()} | {"train": training}
+failed = []
+with Everywhere():
+    for name, drill in drills.items():
+        before = len(ran), len(refused)
+        try:
+            drill()
+            assert len(ran) > before[0] and len(refused) == before[1], "nothing ran on the card, or it refused"
+            print(f"{name}: ok", flush=True)
+        except Exception as error:
+            failed.append(name)
+            print(f"{name}: FAILED {type(error).__name__}: {error}"[:400], flush=True)
+sys.exit(bool(failed))
