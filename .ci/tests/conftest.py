@@ -4,6 +4,7 @@ correct program fails any with probability below 1e-4, as far as the statistics 
 weights and small counts do so roughly.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def random_images(n, height=28, width=28, levels=256):
     return torch.randint(0, levels, (n, height, width), generator=generator, dtype=torch.uint8)
 
 
+class Payload(str):
+    """A path: whoever unpickles it opens it for writing."""
+    def __reduce__(self):
+        return open, (str(self), "w")
+
+
 def same(a, b):
     """Whether two networks have the same weights, to the last bit."""
     return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
@@ -131,3 +138,10 @@ def errors_off(log_z, exact):
     """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z, without a floor."""
     ratios = (log_z - exact).exp()
     return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)
+
+
+def copies(root):
+    """A source of MNIST: what is there already."""
+    def source(folder):
+        shutil.copytree(root / "data" / "MNIST" / "raw", folder / "MNIST" / "raw")
+    return source

@@ -111,6 +111,9 @@ class Card(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
+    def __format__(self, spec):
+        return format(self.item(), spec)
+
     def tolist(self):
         return self.cpu().tolist()
 
