@@ -1,7 +1,8 @@
-"""What the tests share: the notebook's definitions, its networks at three sizes, MNIST, guides, and what a statistic may
-differ by: one comparison in two million exceeds its bound by chance. The suite makes fewer than 200 of them, so a
-correct program fails any with probability below 1e-4, as far as the statistics follow t and chi-square: means of skewed
-weights and small counts do so roughly.
+"""What the tests share: the notebook's definitions, small networks, guides, data, and what a statistic may differ by.
+
+One comparison in two million exceeds its bound by chance. The suite makes fewer than 200 of them, so a correct program
+fails any with probability below 1e-4, as far as the statistics follow t and chi-square: means of skewed weights and
+small counts do so roughly.
 """
 
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from scipy import stats
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
-from definitions import ROOT, definitions, notebook_cells
+from definitions import ROOT, definitions
 
 NOTEBOOK = definitions()  # before torch is imported, which then reads what the first cell sets for it
 import torch
@@ -27,11 +28,6 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def root():
     return ROOT
-
-
-@pytest.fixture(scope="session")
-def cells():
-    return notebook_cells()
 
 
 @pytest.fixture(scope="session")

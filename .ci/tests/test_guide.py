@@ -9,8 +9,8 @@ from conftest import guide_log_prob, known_mask, meaningless_guide, same
 
 
 def test_it_starts_as_the_model(nb, tiny, table):
-    """log g = log p within 1e-12 where hidden, 0 where known: it would see weights that are not taken over. The control:
-    a hint that says something."""
+    """log g = log p within 1e-12 where hidden, 0 where known: it would see weights that are not taken over. The
+    control: a hint that says something."""
     images = table[0][::500]
     known = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     network = nb.starting_guide(tiny, (1,)).requires_grad_(False)
@@ -26,8 +26,8 @@ def test_it_starts_as_the_model(nb, tiny, table):
 
 @pytest.mark.parametrize("hidden", [(0, 1, 4, 6), (3, 5, 8)])
 def test_the_hint_says_what_is_known_and_nothing_else(nb, tiny, evidence, hidden):
-    """One pixel after the other gets another level: a hidden one never matters to the hint, a known one always does; and
-    whether it is known matters. It would see a guide that reads what it is to propose."""
+    """One pixel after the other gets another level: a hidden one never matters to the hint, a known one always does;
+    and whether it is known matters. It would see a guide that reads what it is to propose."""
     one, known, hint = torch.eye(9).view(9, 3, 3) == 1, known_mask(*hidden), meaningless_guide(nb, tiny).network.hint
 
     def moves(image, images, masks):

@@ -131,9 +131,9 @@ def test_sample_follows_the_model(nb, tiny, table):
 @pytest.mark.parametrize("height, width, dilations", [
     (1, 1, (1,)), (1, 5, (3, 1)), (5, 1, (1, 3)), (4, 3, (1, 7)), (6, 4, (1, 2, 5))])
 def test_a_drawing_scores_what_it_drew_as_a_plain_pass_does(nb, height, width, dilations, m, guided):
-    """Five draws for each of m evidences, which part where they differ, in odd sizes, by dilations wider than the image:
-    log p of all pixels, log g of the hidden ones alone, within 1e-10. It would see memory or hints that are of another
-    image or shared too long. The control: the scores of another image."""
+    """Five draws for each of m evidences, which part where they differ, in odd sizes, by dilations wider than the
+    image: log p of all pixels, log g of the hidden ones alone, within 1e-10. It would see memory or hints that are of
+    another image or shared too long. The control: the scores of another image."""
     model = strong(nb, height, width, dilations)
     network = strong(nb, height, width, dilations, encoder=(1, 2)) if guided else None
     evidence, uniforms = random_images(6, height, width, 3)[:m], nb.uniform_streams(5 * m, height * width, 0)

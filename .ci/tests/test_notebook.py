@@ -15,10 +15,14 @@ import pytest
 import torch
 from calibrate import bound_from_above, judgement
 from conftest import FALSE_ALARM
+from definitions import ROOT, notebook_cells
 from execute import APART, RESULTS
 from nbconvert import HTMLExporter
 from PIL import Image
 
+README = (ROOT / "README.md").read_text()
+SOURCES = {kind: ["".join(cell["source"]) for cell in notebook_cells() if cell["cell_type"] == kind]
+           for kind in ("code", "markdown")}
 HERO = r"!\[([^\]]+)\]\(data:image/png;base64,([^)]*)\)"
 
 
@@ -43,14 +47,14 @@ def test_a_run_makes_what_is_published_and_changes_nothing_else(root, mnist, tmp
     (folder / "data").symlink_to(root / "data")
     old = (folder / "PixelCNN.ipynb").read_text()
     python = sys.executable if where == "here" else colab_python(root)
-    command = [python, root / ".ci" / "tools" / "execute.py", "--fast", "--publish", "--timeout", "1200", "--in", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [python, root / ".ci" / "tools" / "execute.py", "--fast", "--publish", "--in", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-4000:]
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
     changed = [line.split()[1] for line in changed.splitlines()]
     assert {"PixelCNN.ipynb", "figures/results.json"} <= set(changed)
     assert all(name in ("PixelCNN.ipynb", "data") or name.startswith("figures/") for name in changed)
-    wanted = re.findall(r"\(figures/([\w.]+\.png)\)", (root / "README.md").read_text())
+    wanted = re.findall(r"\(figures/([\w.]+\.png)\)", README)
     assert wanted and all((folder / "figures" / name).stat().st_size > 1000 for name in wanted)
     new = (folder / "PixelCNN.ipynb").read_text()
     assert new.count("whole notebook:") > 0 and re.search(HERO, new)[2] != re.search(HERO, old)[2]
@@ -61,9 +65,9 @@ def test_a_run_makes_what_is_published_and_changes_nothing_else(root, mnist, tmp
     assert weights < 0.1 < forward
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_training(nb, cells):
+def test_a_folder_that_cannot_be_made_is_said_before_training(nb):
     """It would see a training whose weights go where no Drive is mounted."""
-    (source,) = [s for s in ("".join(cell["source"]) for cell in cells) if s.startswith("WEIGHTS = ")]
+    (source,) = [s for s in SOURCES["code"] if s.startswith("WEIGHTS = ")]
     with pytest.raises(ValueError, match="SAVE_DIR: .*no/drive/here"):
         exec(source, {**vars(nb), "FAST": False, "SAVE_DIR": "no/drive/here"})
 
@@ -95,11 +99,10 @@ def test_the_notebook_is_a_whole_clean_run(root):
     assert len(alt) > 40 and len(picture) <= 120_000 and base64.b64decode(picture).startswith(b"\x89PNG")
 
 
-def test_the_requirements_are_what_is_imported(root, cells):
+def test_the_requirements_are_what_is_imported(root):
     """It would see an import that a fresh environment lacks; pillow comes with matplotlib, IPython with jupyter."""
-    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse("\n".join(SOURCES["code"]))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -109,17 +112,11 @@ def test_the_requirements_are_what_is_imported(root, cells):
     assert {brought.get(name, name) for name in names - sys.stdlib_module_names} == set(required)
 
 
-@pytest.fixture(scope="module")
-def texts(root, cells):
-    """README's and those of the notebook's cells."""
-    return [(root / "README.md").read_text(),
-            *("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")]
-
-
-def test_every_marked_number_is_in_the_results(texts, results):
+def test_every_marked_number_is_in_the_results(results):
     """A figure is written as `value<!-- name -->`, with as many digits as it likes. It would see a number of another
     run, and a mark without a number."""
-    marked = [mark for text in texts for mark in re.findall(r"(\S*)<!-- (\w+?)(_stderr)? -->", text)]
+    text = "\n".join([README, *SOURCES["markdown"]])
+    marked = re.findall(r"(\S*)<!-- (\w+?)(_stderr)? -->", text)
     assert len(marked) >= 10
     for shown, name, stderr in marked:
         value = results["results"][name]["stderr" if stderr else "value"]
@@ -186,22 +183,22 @@ def run(source, folder, root):
 
 
 @pytest.mark.parametrize("where", ["README", "notebook"])
-def test_the_script_runs(root, texts, mnist, tmp_path, where):
+def test_the_script_runs(root, mnist, tmp_path, where):
     """With fewer rows hidden and 16 draws, too few for an answer; it saves its draws, ink dark. It would see a name
     that the notebook no longer has, and a need for a file that is not released."""
     Image.fromarray(mnist[2][0].numpy()).save(tmp_path / "my_digit.png")
-    source = program(texts[:1] if where == "README" else texts[1:], 'exec("".join(cell["source"]), vars(nb))\n',
+    source = program([README] if where == "README" else SOURCES["markdown"], "save_image",
                      {"guide=guide, ": "guide=guide, most=16, ", ">= 14": ">= 4"})
     assert re.fullmatch(r"not converged -\d+\.\d+ None\n", run(source, tmp_path, root))
     saved = np.asarray(Image.open(tmp_path / "draws.png").convert("L"))
     assert saved.shape == (32, 122) and saved.min() == 0 and (saved == 255).mean() > 0.5
 
 
-def test_the_program_for_other_data_runs_in_small(root, texts, mnist, tmp_path):
+def test_the_program_for_other_data_runs_in_small(root, mnist, tmp_path):
     """After the first five lines of the script, with a few steps of training; it trains both networks, scores, draws
     and completes. It would see a function that works at 28x28 pixels of 256 levels alone."""
-    first = program(texts[:1], "vars(nb))\n", {}).splitlines(keepends=True)[:5]
-    small = program(texts, "**Other data.**", {
+    first = program([README], "save_image", {}).splitlines(keepends=True)[:5]
+    small = program(SOURCES["markdown"], "**Other data.**", {
         "vars(nb))\n": "vars(nb))\ntorch.set_num_threads(1)\n", "load_mnist()[0]": "load_mnist()[0][-6000:]",
         "validation = images[:-5000], images[-5000:-4000]": "validation = images[:-5000], images[-5000:-4900]",
         "guide=Guide(model, network))": "guide=Guide(model, network), most=16)"}).replace("100_000", "256")

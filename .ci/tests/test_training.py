@@ -35,11 +35,6 @@ def network(nb, config):
     return new
 
 
-def recorded(nb, images, record):
-    """Batches of images, before each of which `record` is called."""
-    return lambda recipe, step: record() or nb.batch_at(images, recipe, step)
-
-
 def train_until(nb, stop, model, batches, *arguments):
     """nb.train, interrupted as it asks for its batch number `stop`; its state is saved after each step."""
     left = iter(range(stop))
@@ -57,7 +52,11 @@ def test_training_learns_and_returns_and_writes_the_averaged_weights(nb, network
     """The average is recomputed from the weights of each step; it is what is validated, every 15 steps and at the end.
     The control: the last weights."""
     model, path, weights = network(), tmp_path / "model.pt", []
-    batches = recorded(nb, images, lambda: weights.append(copy.deepcopy(model.state_dict())))
+
+    def batches(recipe, step):
+        weights.append(copy.deepcopy(model.state_dict()))
+        return nb.batch_at(images, recipe, step)
+
     averaged = nb.train(model, batches, images[:20], [recipe], path)
     mean = weights[0]
     for step, after in enumerate([*weights[1:], model.state_dict()]):
@@ -87,8 +86,8 @@ def test_a_stage_begins_from_the_averaged_weights_with_fresh_optimisers(nb, netw
     *(((), stop, torch.float32) for stop in (13, 40, 47)), ((1,), 13, torch.float32), ((), 47, torch.bfloat16)],
     indirect=["dtype"])
 def test_interrupted_anywhere_it_ends_with_the_same_weights(nb, network, images, stages, tmp_path, encoder, stop):
-    """In the first stage's 40 steps, at the seam, in the second; a guide within a portion of fresh batches. It would see
-    a part of the state that is not kept. The control: other batches give other weights."""
+    """In the first stage's 40 steps, at the seam, in the second; a guide within a portion of fresh batches. It would
+    see a part of the state that is not kept. The control: other batches give other weights."""
     def batches():
         return nb.fresh_batches(network().eval(), images) if encoder else partial(nb.batch_at, images)
 
@@ -137,13 +136,14 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, network, images, re
     and the loss's scale is halved. The control: in float32 it is no overflow, and training stops."""
     model, path, states = network(), tmp_path / "model.pt", [None]  # after each number of steps
 
-    def record():
-        if path.with_suffix(".state").exists():
+    def batches(recipe, step):
+        if step:
             states.append(torch.load(path.with_suffix(".state"), weights_only=True)["parts"])
+        return nb.batch_at(images, recipe, step)
 
     spoilt = dict(model.named_parameters())[where]
     spoilt.register_hook(lambda gradient: gradient + (torch.inf if len(states) == 36 else 0))
-    train = partial(nb.train, model, recorded(nb, images, record), images[:20], [recipe], path, save_seconds=0)
+    train = partial(nb.train, model, batches, images[:20], [recipe], path, save_seconds=0)
     if dtype == torch.float32:
         with pytest.raises(FloatingPointError, match="gradient norm is inf at step 35 "):
             train()

@@ -1,7 +1,7 @@
 """Is the verdict right? Over a hundred and more answers to questions whose answers are known."""
 
 import pytest
-from guides import known_mask, meaningless_guide
+from conftest import known_mask, meaningless_guide
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,9 @@
 """What a card refuses and a CPU forgives: the notebook's functions on a pretended CUDA device.
 
 usage: python .ci/tools/gpu_drill.py [--planted]
-Tensors "on cuda" are wrappers around CPU tensors; each operation is checked as CUDA would (one device) and runs on the
-CPU. Each call runs for small networks there, its images and masks on either side, and must give what it gives on the
-CPU; training is in float16, as on a T4. Exits 1 if one failed. --planted: a control, with masks that stay where they
-are. Not shown: speed, TF32, kernels' rounding, torch.compile.
+Tensors "on cuda" are wrappers around CPU tensors; each operation is checked for devices as CUDA would, and runs on the
+CPU. Each call must give there what it gives on the CPU; training is in float16, as on a T4. Exits 1 if one failed.
+--planted: a control, with masks that stay where they are. Not shown: speed, kernels' rounding, torch.compile.
 """
 import contextlib
 import copy
@@ -60,39 +59,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 refused, ran = [], []  # on the card
 
 
-def on_card(x):
-    return isinstance(x, Card)
-
-
 def allowed(func, args, flat):
     """Whether CUDA takes these tensors together: CPU ones may be single numbers, indices, or what is copied."""
     name = func._overloadpacket.__name__
     if name in ("copy_", "copy", "_to_copy"):
         return True
-    if name in ("index", "_unsafe_index"):
-        return on_card(args[0])
-    if "index_put" in name:
-        return on_card(args[0]) and (on_card(args[2]) or args[2].dim() == 0)
-    return all(x.dim() == 0 for x in flat if isinstance(x, torch.Tensor) and not on_card(x))
+    if "index_put" in name or name in ("index", "_unsafe_index"):
+        flat = [args[0], *args[2:3]]  # without the indices
+    return all(isinstance(x, Card) or x.dim() == 0 for x in flat if isinstance(x, torch.Tensor))
 
 
 def run(func, args, kwargs):
     flat, spec = pytree.tree_flatten((args, kwargs))
-    cards = {id(x.elem): x for x in flat if on_card(x)}
+    cards = {id(x.elem): x for x in flat if isinstance(x, Card)}
     device = kwargs.get("device")
-    if not cards and (device is None or torch.device(device).type != "cuda"):
+    to = device and torch.device(device).type
+    if not cards and to != "cuda":
         return func(*args, **kwargs)
     if (cards and not allowed(func, args, flat)) or kwargs.get("generator") is not None:
         refused.append(str(func))
         raise RuntimeError(f"{func}: expected all tensors to be on the same device")
     ran.append(func)
-    args, kwargs = pytree.tree_unflatten([x.elem if on_card(x) else x for x in flat], spec)
-    if device is not None:
+    args, kwargs = pytree.tree_unflatten([x.elem if isinstance(x, Card) else x for x in flat], spec)
+    if to:
         kwargs["device"] = "cpu"
     out = func(*args, **kwargs)
-    if device is not None and torch.device(device).type == "cpu":
+    if to == "cpu":
         return out
-    return pytree.tree_map_only(torch.Tensor, lambda x: cards.get(id(x)) if id(x) in cards else Card(x), out)
+    return pytree.tree_map_only(torch.Tensor, lambda x: cards[id(x)] if id(x) in cards else Card(x), out)
 
 
 class Card(torch.Tensor):
@@ -137,6 +131,7 @@ torch.set_num_threads(1)
 nb = definitions()
 if "--planted" in sys.argv:
     nb.check_known = lambda model, known: known
+assert not torch.backends.cudnn.allow_tf32
 
 torch.manual_seed(0)
 CONFIG = nb.Config(6, 6, 4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4)
