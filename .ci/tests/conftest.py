@@ -26,11 +26,6 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def root():
-    return ROOT
-
-
-@pytest.fixture(scope="session")
 def nb():
     """The notebook's definitions as a module."""
     return NOTEBOOK
@@ -74,7 +69,7 @@ def recipe(nb):
 
 @pytest.fixture(scope="session")
 def images():
-    """A hundred for that network; columns repeat, so that there is something to learn."""
+    """A hundred for it; columns repeat, so that there is something to learn."""
     return random_images(100, 5, 1, 3).repeat(1, 1, 4)
 
 
@@ -136,8 +131,6 @@ def errors_off(log_z, exact):
     return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)
 
 
-def copies(root):
+def copied(folder):
     """A source of MNIST: what is there already."""
-    def source(folder):
-        shutil.copytree(root / "data" / "MNIST" / "raw", folder / "MNIST" / "raw")
-    return source
+    shutil.copytree(ROOT / "data" / "MNIST" / "raw", folder / "MNIST" / "raw")

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import Payload, copies
+from conftest import Payload, copied
 from PIL import Image, ImageDraw
 
 
@@ -25,24 +25,17 @@ def lies(folder):
     (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
 
 
-def test_the_arrays_are_mnist(mnist):
-    """It would see test and training sets that are exchanged, and labels of other images."""
-    train, train_labels, test, test_labels = mnist
-    assert [list(a.shape) for a in mnist] == [[60000, 28, 28], [60000], [10000, 28, 28], [10000]]
-    assert train_labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert int(train.max()) == 255 and int(test.min()) == 0
-
-
-def test_damaged_files_are_fetched_anew_from_the_first_source_that_delivers(nb, mnist, root, tmp_path, monkeypatch):
+def test_damaged_files_are_fetched_anew_from_the_first_source_that_delivers(nb, mnist, tmp_path, monkeypatch):
     """It would see a damaged file that is used, a dead source that ends it, and sound files that are fetched again."""
-    copies(root)(tmp_path)
+    copied(tmp_path)
     raw = tmp_path / "MNIST" / "raw"
     path = raw / "t10k-images-idx3-ubyte"
     contents = path.read_bytes()
     path.write_bytes(contents[:5000] + bytes([contents[5000] ^ 1]) + contents[5001:])
-    monkeypatch.setattr(nb, "MNIST_SOURCES", (hangs, lies, copies(root), refuse))
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (hangs, lies, copied, refuse))
     found = nb.load_mnist(tmp_path)
     assert path.read_bytes() == contents and all(map(torch.equal, found, mnist))
+    assert [len(x) for x in found] == [60_000, 60_000, 10_000, 10_000] and found[3][:5].tolist() == [7, 2, 1, 0, 4]
     assert nb.unsound_files(raw) == [] and len([*raw.iterdir()]) == 4  # nothing temporary is left
 
 
@@ -109,9 +102,9 @@ def test_a_picture_of_any_size_is_made_into_what_the_digits_are(nb, tmp_path, si
 
 def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
     """Light on dark, on another ground, on a transparent one, in 16 bits (the ink a dark grey too); near a corner; on
-    its side, with the orientation that a camera notes. (The control: without.)"""
+    its side, with the orientation that a camera notes. (The control: without.) And a thin line keeps its width."""
     dark = drawn_seven()
-    grey, image = np.asarray(dark), as_read(nb, dark, tmp_path)
+    grey, image = np.array(dark), as_read(nb, dark, tmp_path)
     see_through = np.zeros((*grey.shape, 4), dtype=np.uint8)
     see_through[..., 3] = 255 - grey
     for other in (Image.fromarray(255 - grey), drawn_seven(ground=200, ink=90), Image.fromarray(see_through),
@@ -122,6 +115,9 @@ def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
     held[274] = 6  # turn by 90 degrees, clockwise
     assert torch.equal(as_read(nb, sideways, tmp_path, exif=held), image)
     assert not is_a_seven_like_mnist(as_read(nb, sideways, tmp_path))
+    grey[:, :] = 255
+    grey[20:280, 40] = 0
+    assert (as_read(nb, Image.fromarray(grey), tmp_path) > 0).sum() == 20
 
 
 @pytest.mark.parametrize("picture, word", [

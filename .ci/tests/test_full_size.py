@@ -17,16 +17,9 @@ def guide(nb):
 
 
 @pytest.fixture(scope="module")
-def model(guide):
-    return guide.model
-
-
-@pytest.fixture(scope="module")
-def pair(nb, model, mnist):
-    """(image, mask with two neighbours hidden, log p of all 65,536 pairs of levels given the rest, log p(known)).
-
-    The digit is moved down by three rows, so that only three rows have to be evaluated for each pair.
-    """
+def pair(nb, guide, mnist):
+    """(image, mask with two neighbours hidden, log p of all 65,536 pairs of levels given the rest, log p(known)). The
+    digit is moved down by three rows, so that only three have to be evaluated for each pair."""
     image = mnist[2][IMAGE].roll(3, 0)
     known = torch.ones(28, 28, dtype=torch.bool)
     known[ROW : ROW + 2, COLUMN] = False
@@ -34,7 +27,7 @@ def pair(nb, model, mnist):
     below[:, 0, COLUMN] = torch.arange(256)
     terms = torch.zeros(256, 256, dtype=torch.float64)
     with torch.no_grad():
-        above = nb.Walk(model, 1)
+        above = nb.Walk(guide.model, 1)
         above.rows(image[None, :ROW], 0)
         for level in range(256):
             walk, row = copy.deepcopy(above), image[None, ROW : ROW + 1].clone()
@@ -43,30 +36,25 @@ def pair(nb, model, mnist):
             walk.repeat(256)
             terms[level] += nb.gather_log_probs(walk.rows(below, ROW + 1), below).sum(dim=(1, 2))
     total = terms.flatten().logsumexp(0)
-    before = nb.pixel_log_probs(model, image[None])[0].flatten()[: ROW * 28 + COLUMN].sum()
+    before = nb.pixel_log_probs(guide.model, image[None])[0].flatten()[: ROW * 28 + COLUMN].sum()
     return image, known, terms - total, (before + total).item()
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_top_is_scored_as_a_plain_pass_scores_it(nb, model, guide, mnist, learned):
+def test_a_top_is_scored_as_a_plain_pass_scores_it(nb, guide, mnist, learned):
     """64 draws of 392 pixels: log p and log g within 0.02 nats. It would see memory that goes stale on the way. The
     control: the scores of another draw."""
-    guide, known = guide if learned else nb.Guide(model), hidden_mask("top")
+    guide, known = guide if learned else nb.Guide(guide.model), hidden_mask("top")
     found = nb.weighted_draws(guide, mnist[2][0], known, 64)
-    log_p = nb.log_prob(model, found.draws)
+    log_p = nb.log_prob(guide.model, found.draws)
     log_w = log_p - guide_log_prob(nb, guide, found.draws, known)
     off = torch.stack([(found.log_p - log_p).abs().max(), (found.log_w - log_w).abs().max()])
-    print("off by", off.tolist())
     assert off.max() < 0.02 < (found.log_p - log_p.roll(1)).abs().min()
 
 
 def z_of(log_probs, draws, weights=None):
-    """Largest |z| over log p of the pair and its two levels, for draws uint8 [n, h, w]; their weights [n], of mean 1,
-    are equal if not given.
-
-    The exact distribution turns each value into a number that is uniform for right draws (probability of less, and a
-    random part of that of equal). So the means cannot hang on levels too rare to be drawn.
-    """
+    """Largest |z| over log p of the pair and its two levels, for draws [n, h, w] and their weights [n], of mean 1. Each
+    value becomes a number that is uniform for right draws, so that no mean hangs on levels too rare to be drawn."""
     probs, generator = log_probs.exp(), torch.Generator().manual_seed(9)
     one, two = draws[:, ROW, COLUMN].long(), draws[:, ROW + 1, COLUMN].long()
     weights = torch.ones(len(one), dtype=torch.float64) if weights is None else weights
@@ -80,15 +68,15 @@ def z_of(log_probs, draws, weights=None):
     return torch.stack(found).max().item()  # nan if one is nan
 
 
-def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
+def test_complete_meets_the_enumeration_of_one_pixel(nb, guide, mnist):
     """All 256 levels, by E: log Z within 5 standard errors, the draws within 0.15 in total variation. The controls: a
     log Z that is 0.4 nats less; the draws without their weights."""
     image, pixel = mnist[2][3], (14, 18)  # at the edge of the stroke: 1.6 nats of doubt
     known = torch.ones(28, 28, dtype=torch.bool)
     known[pixel] = False
-    probs = nb.conditional_given_rest(model, image, pixel)
-    exact = nb.log_prob(model, image[None]).item() - probs[int(image[pixel])].log().item()
-    answer = nb.complete(model, image, known, 1, guide)
+    probs = nb.conditional_given_rest(guide.model, image, pixel)
+    exact = nb.log_prob(guide.model, image[None]).item() - probs[int(image[pixel])].log().item()
+    answer = nb.complete(guide.model, image, known, 1, guide)
     found = answer.found
 
     def distance(log_w):
@@ -96,27 +84,25 @@ def test_complete_meets_the_enumeration_of_one_pixel(nb, model, guide, mnist):
 
     wrong = [errors_off(found.log_w, log_z).item() for log_z in (exact, exact - 0.4)]
     far = [distance(log_w) for log_w in (found.log_w, torch.zeros_like(found.log_w))]
-    print("log Z off by", wrong, "errors, the draws by", far)
     assert answer.status == "converged" and abs(answer.log_evidence - exact) < 4 * answer.log_evidence_stderr
     assert wrong[0] < MANY < wrong[1]
     assert far[0] < 0.15 < far[1]
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_weighted_draws_meet_the_enumeration_of_two_pixels(nb, model, guide, pair, learned):
+def test_weighted_draws_meet_the_enumeration_of_two_pixels(nb, guide, pair, learned):
     """All 65,536 pairs: three quantities and E[Z-hat / Z] = 1, within 5 standard errors of 1,024 draws. The controls: a
     table whose log p is half as much again; weights without g."""
     image, known, log_probs, log_evidence = pair
-    found = nb.weighted_draws(guide if learned else nb.Guide(model), image, known, 1024, 3)
+    found = nb.weighted_draws(guide if learned else nb.Guide(guide.model), image, known, 1024, 3)
     sharper = (1.5 * log_probs).flatten().log_softmax(0).view_as(log_probs)
     wrong = [errors_off(log_w, log_evidence).item() for log_w in (found.log_w, found.log_p)]
     far = [z_of(table, found.draws, (found.log_w - log_evidence).exp()) for table in (log_probs, sharper)]
-    print("log Z off by", wrong, "errors, the draws by", far, "effective", nb.ess(found.log_w))
     assert wrong[0] < MANY < wrong[1]
     assert far[0] < MANY < far[1]
 
 
-def test_gibbs_moves_meet_it_and_forward_gibbs_does_not(nb, model, guide, pair):
+def test_gibbs_moves_meet_it_and_forward_gibbs_does_not(nb, guide, pair):
     """A move from exact draws must leave exact draws: pixel by pixel, by a band of two rows, by bands of one. The
     control: forward Gibbs is off by more than 5 errors."""
     image, known, log_probs, _ = pair
@@ -126,13 +112,11 @@ def test_gibbs_moves_meet_it_and_forward_gibbs_does_not(nb, model, guide, pair):
     starts[:, ROW, COLUMN], starts[:, ROW + 1, COLUMN] = codes // 256, codes % 256
 
     def right(images):
-        z = z_of(log_probs, images)
-        print(len(images), "draws:", z)
-        return z < t_bound(len(images))
+        return z_of(log_probs, images) < t_bound(len(images))
 
     assert right(starts)
-    assert right(torch.stack([nb.gibbs_sweep(model, start, known, generator) for start in starts[::16]]))
-    for who, rows in ((guide, 2), (nb.Guide(model), 1)):
+    assert right(torch.stack([nb.gibbs_sweep(guide.model, start, known, generator) for start in starts[::16]]))
+    for who, rows in ((guide, 2), (nb.Guide(guide.model), 1)):
         moved = nb.gibbs_sweep_by_bands(who, starts, known, 5, rows)
         assert right(moved) and (moved != starts).any(dim=(1, 2)).double().mean() > 0.3
-    assert not right(nb.sample(model, 1024, image=image, known=known, seed=2))
+    assert not right(nb.sample(guide.model, 1024, image=image, known=known, seed=2))

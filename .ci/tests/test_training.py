@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Payload, same
+from conftest import ROOT, Payload, same
 
 
 @pytest.fixture(autouse=True, params=[torch.float32])
@@ -103,20 +103,12 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(nb, network, images,
     assert not same(nb.train(network(encoder), images.flip(0), images[:20], stages, calm), whole)
 
 
-def test_a_state_of_another_network_or_recipe_is_refused(nb, network, images, stages, tmp_path):
-    """Wider, or with a recipe that differs in one number; it stays as it is."""
-    path = tmp_path / "model.pt"
-    train_until(nb, 2, network(), images, images[:20], stages, path)
-    kept = path.with_suffix(".state").read_bytes()
-    for sizes, plan in (({"channels": 12}, stages), ({}, [stages[0], replace(stages[1], clip_norm=2.0)])):
-        with pytest.raises(ValueError, match="model.state"):
-            nb.train(network(**sizes), images, images[:20], plan, path)
-        assert path.with_suffix(".state").read_bytes() == kept and not path.exists()
-
-
-@pytest.mark.parametrize("added", [1e4, math.nan])
-def test_a_loss_that_explodes_or_is_no_number_stops_the_run(nb, network, images, stages, tmp_path, added):
-    """It would see a training that goes on with nothing. The state is kept."""
+@pytest.mark.parametrize("said, sizes, change, added", [
+    ("model.state", {"channels": 12}, {}, 0), ("model.state", {}, {"clip_norm": 2.0}, 0),
+    ("at step 5 of Recipe", {}, {}, 1e4), ("at step 5 of Recipe", {}, {}, math.nan)])
+def test_a_state_of_another_network_or_recipe_and_a_loss_that_is_no_number_stop_the_run(
+        nb, network, images, stages, tmp_path, said, sizes, change, added):
+    """It would see a training that goes on with what is not its own, or with nothing. The state is kept."""
     path = tmp_path / "model.pt"
     state = path.with_suffix(".state")
     train_until(nb, 5, network(), images, images[:20], stages, path)
@@ -124,8 +116,8 @@ def test_a_loss_that_explodes_or_is_no_number_stops_the_run(nb, network, images,
     spoilt["parts"][0]["head.bias"][0] += added
     torch.save(spoilt, state)
     kept = state.read_bytes()
-    with pytest.raises(FloatingPointError, match="at step 5 of Recipe"):
-        nb.train(network(), images, images[:20], stages, path)
+    with pytest.raises((ValueError, FloatingPointError), match=said):
+        nb.train(network(**sizes), images, images[:20], [stages[0], replace(stages[1], **change)], path)
     assert state.read_bytes() == kept and not path.exists()
 
 
@@ -155,15 +147,11 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, network, images, re
     assert states[36][4]["scale"] == states[35][4]["scale"] / 2
 
 
-def test_learning_rates_rise_stay_and_fall(nb, network, images, recipe, tmp_path):
-    """Of 40 steps four to rise and ten to fall, the last not to nothing; each optimiser takes the recipe's own."""
-    factors, rates, path = [nb.rate_factor(recipe, step) for step in range(40)], [], tmp_path / "model.pt"
+def test_learning_rates_rise_stay_and_fall(nb, recipe):
+    """Of 40 steps four to rise and ten to fall: it would see a last step that is lost, or stages that run together."""
+    factors = [nb.rate_factor(recipe, step) for step in range(40)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1]) and set(factors[4:31]) == {1.0}
     assert factors[30:] == pytest.approx([1 - k / 10 for k in range(10)])
-    train_until(nb, 3, network(), images, images[:20], [recipe], path)
-    parts = torch.load(path.with_suffix(".state"), weights_only=True)["parts"]
-    rates = [part["param_groups"][0]["lr"] for part in parts[2:4]]
-    assert rates == pytest.approx([0.6 * recipe.matrix_rate, 0.6 * recipe.rate])
 
 
 def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, recipe):
@@ -177,7 +165,7 @@ def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, recipe)
 
 
 def test_interrupted_between_hash_and_file_nothing_is_refused_later(nb, network, images, recipe, tmp_path, monkeypatch):
-    """Training goes on from its state. The control, a file without its hash, is refused."""
+    """Training goes on from its state: it would see a file that is written before its hash, and then refused."""
     path, save = tmp_path / "model.pt", nb.save_atomically
 
     def killed(contents, place):
@@ -190,9 +178,6 @@ def test_interrupted_between_hash_and_file_nothing_is_refused_later(nb, network,
         nb.train(network(), images, images[:20], [recipe], path, save_seconds=0)
     assert path.name in nb.read_sums(path) and path.with_suffix(".state").exists() and not path.exists()
     assert same(nb.train(network(), images, images[:20], [recipe], path), nb.load_checkpoint(path, "cpu"))
-    path.with_name("SHA256SUMS").unlink()
-    with pytest.raises(ValueError, match="model.pt: SHA-256"):
-        nb.load_checkpoint(path, "cpu")
 
 
 @pytest.mark.parametrize("edit, word", [
@@ -223,18 +208,14 @@ def test_damaged_and_wrong_checkpoints_are_refused_by_name(nb, network, tmp_path
     assert mark.exists()
 
 
-def test_the_committed_checkpoints_load_and_match_their_sums(nb, root):
-    """Neither the model's outputs nor, whatever the hint, those of the guide see their own pixel or a later one (the
-    control: mask B). Each is loaded as what it is alone, ready for use."""
-    sums = nb.read_sums(root / "checkpoints" / "SHA256SUMS")
-    assert set(sums) == {path.name for path in (root / "checkpoints").glob("*.pt")}
+def test_the_committed_checkpoints_load_and_match_their_sums(nb):
+    """Neither the model's outputs nor, whatever the hint, those of the guide see their own pixel or a later one. (The
+    control: mask B.)"""
+    sums = nb.read_sums(ROOT / "checkpoints" / "SHA256SUMS")
+    assert set(sums) == {path.name for path in (ROOT / "checkpoints").glob("*.pt")}
     for name in sums:
-        load = partial(nb.load_checkpoint, root / "checkpoints" / name, "cpu")
-        kinds = [nb.PixelCNN, nb.GuideNetwork]
-        right, wrong = reversed(kinds) if "guide" in name else kinds
-        with pytest.raises(ValueError, match=f"(?s){name}: expected .* of a {wrong.__name__}.*encoder"):
-            load(wrong)
-        model = load(right)
+        network = nb.GuideNetwork if "guide" in name else nb.PixelCNN
+        model = nb.load_checkpoint(ROOT / "checkpoints" / name, "cpu", network)
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
         if "guide" in name:
             hint = torch.randn(1, 2, 28, 128, dtype=torch.float64)

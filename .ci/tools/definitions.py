@@ -1,7 +1,5 @@
-"""The notebook's `define` cells, all of them and nothing else, as one module.
+"""The notebook's `define` cells, all of them and nothing else, as one module. They are the first to import torch."""
 
-For all of .ci. Torch is first imported by those cells: the pretended GPU has to come before it.
-"""
 import json
 import os
 import sys
@@ -17,7 +15,6 @@ def notebook_cells():
 
 
 def definitions():
-    """The module."""
     nb = types.ModuleType("pixelcnn_notebook")
     sys.modules[nb.__name__] = nb
     for number, cell in enumerate(notebook_cells()):

@@ -1,7 +1,5 @@
-"""The picture of the first screen: completions of question G and forward Gibbs draws, with their verdicts; below them
-the questions A to G as small grids. Runs as the last cell of a run that is published (execute.py), in the notebook's own
-kernel, and writes run/hero.txt, which is base64 of a PNG.
-"""
+"""The picture of the first screen: completions of question G beside forward Gibbs, below them the questions as grids.
+It is the last cell of a run that is published (execute.py), and writes run/hero.txt, base64 of a PNG."""
 KNOWN, UNKNOWN = "#404040", "#cddff0"  # what is asked: THIRD
 NOTES = "exact", "draws, averaged", "exact", "weights + E", "exact", "exact draws", "weighted draws"
 
@@ -25,10 +23,10 @@ top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(tops), 1.15], h
 grid = top.subgridspec(len(tops), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
 titles = {0: ("known", "k"), 3: ("       completed by this notebook", ACCENT), 8: ("by forward Gibbs", THIRD)}
 for line, (image, answer) in enumerate(zip(question_images, tops.values())):
-    refused = answer.status == "not converged"
-    _, known, *draws = completed(image, bottom_known, answer.draws, refused)
-    wrong = [tinted(x, bottom_known) for x in sample(model, 3, image=image, known=bottom_known, seed=513)]
-    for column, picture in zip((0, 2, 3, 4, 5, 7, 8, 9), (known, *draws, *wrong)):
+    verdict = answer.status.replace("not converged", "refused")
+    _, *shown = completed(image, bottom_known, answer.draws, verdict == "refused")
+    shown += [tinted(x, bottom_known) for x in sample(model, 3, image=image, known=bottom_known, seed=513)]
+    for column, picture in zip((0, 2, 3, 4, 5, 7, 8, 9), shown):
         axis = figure.add_subplot(grid[line, column])
         axis.imshow(picture)
         axis.axis("off")
@@ -36,8 +34,7 @@ for line, (image, answer) in enumerate(zip(question_images, tops.values())):
             text, colour = titles[column]
             axis.set_title(text, fontsize=10, color=colour, loc="left" if column < 8 else "center")
         if column == 0:
-            axis.text(1.08, 0.5, "refused" if refused else answer.status, transform=axis.transAxes,
-                      fontsize=7, va="center")
+            axis.text(1.08, 0.5, verdict, transform=axis.transAxes, fontsize=7, va="center")
 grid = bottom.subgridspec(1, 7, wspace=0.5)
 for cell, (letter, note, picture) in enumerate(zip("ABCDEFG", NOTES, question_grids())):
     axis = figure.add_subplot(grid[cell])
