@@ -123,7 +123,7 @@ def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
 @pytest.mark.parametrize("picture, word", [
     (None, "picture file"), (drawn_seven(), "picture file"), (Image.new("RGBA", (50, 50)), "one colour")])
 def test_what_is_no_picture_of_a_digit_is_refused_by_name(nb, tmp_path, picture, word):
-    """Missing, cut off after 200 bytes (only the second is longer), all transparent."""
+    """Missing, cut off, all transparent: it would see an error from inside PIL, and a picture of nothing."""
     path = tmp_path / "mine.png"
     if picture is not None:
         picture.save(path)

@@ -3,6 +3,7 @@ can be."""
 
 import multiprocessing
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,7 +89,8 @@ def test_training_killed_at_random_moments_ends_as_if_never_stopped(
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
-    """A real limit on the size of files, in a process of its own; met by torch.save and by a plain write."""
+    """A real limit on the size of files, in a process of its own: it would see an old file that is lost to half a new
+    one, written by torch.save or plainly."""
     path = tmp_path / "file.pt"
     nb.save_atomically({"a": 1}, path)
 
@@ -106,8 +108,8 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
 
 
 def test_a_silent_network_ends_within_a_minute(nb, tmp_path, monkeypatch, capsys):
-    """A server that accepts and never answers: the checkpoint will be trained, and MNIST's next source is asked. (It
-    hangs up after 40 seconds, so that a program that would wait for ever fails.)"""
+    """A server that accepts and never answers, and hangs up after 40 seconds: it would see a program that waits for it
+    in place of training the checkpoint, or of asking MNIST's next source."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         end = threading.Timer(40, silent.close)
         end.start()
@@ -139,7 +141,8 @@ def test_a_checkpoint_is_fetched_with_its_hash(nb, config, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is not None, reason="the pretended device needs torch without CUDA's own")
+@pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None,
+                    reason="the pretended device needs a C++ compiler (g++) and torch without CUDA's own")
 @pytest.mark.parametrize("planted", [False, True])
 def test_every_function_works_on_a_card_as_on_a_cpu(planted):
     """On a pretended one. It would see a tensor left on the other device, another answer, and a state that only one

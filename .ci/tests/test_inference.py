@@ -39,8 +39,7 @@ def test_a_c_and_e_equal_the_table_at_every_pixel(nb, tiny, table, evidence):
 
 def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
     """Detects a bias of 5 standard errors at n = 4000. The control: prefixes that are not the model's."""
-    exact = exact_pixel(nb, table, evidence[0], PLACE < 0, 4)
-    estimate = nb.marginal(tiny, (1, 1), n=4000, seed=1)
+    exact, estimate = exact_pixel(nb, table, evidence[0], PLACE < 0, 4), nb.marginal(tiny, (1, 1), n=4000, seed=1)
     assert estimate.status == "converged" and ((estimate.probs - exact).abs() < MANY * estimate.stderr).all()
     uniform = torch.randint(0, 3, (4000, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     wrong = nb.predictive(tiny, uniform, (1, 1))
@@ -283,8 +282,8 @@ def without_the_present(logits):
 
 def test_a_gibbs_move_keeps_the_posterior(nb, case, monkeypatch):
     """Within 1e-12, in every way that it can go: all hidden rows at once with 3 candidates; a sweep by bands of one row
-    with 2 or 3. Planted mistakes change it: picked evenly; what is there left out, or weighed without g; bands
-    chosen by what is in the first."""
+    with 2 or 3. The controls, mistakes that change it: picked evenly; what is there left out, or weighed without g;
+    bands chosen by what is in the first."""
     guide, known, (support, posterior, _) = case
     place = torch.arange(4)[:, None]
 

@@ -114,9 +114,9 @@ def test_every_marked_number_is_in_the_results():
 
 
 def test_the_released_run_keeps_its_promises(nb):
-    """The results are of these weights, and complete; the model beats its bar with no more parameters than UVA's; 20
-    minutes on two cores; of hidden centres, where the truth stands among the answers' draws is uniform (named before:
-    no P below 0.05), 0.8 of the intervals reach the bound, and the median error of log Z is 0.3 nats at most."""
+    """It would see results of other weights, and a model, a run or answers that fall short: the bar in bits with at
+    most UVA's parameters; 20 minutes; of hidden centres (named before) uniform places of the truth, no P below 0.05,
+    0.8 of the intervals that reach the bound, and a median error of log Z of 0.3 nats at most."""
     apart = json.loads(APART.read_text())
     weights, results = RELEASED["weights"], RELEASED["results"]
     assert weights == {name: nb.sha256_of(ROOT / "checkpoints" / name) for name in weights}
