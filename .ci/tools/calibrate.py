@@ -29,7 +29,7 @@ BUDGET = 2560  # draws of a pilot, at most
 
 def keep_apart(nb, name, value, stderr=None, *, n, how):
     """A result that no run of the notebook makes, with the SHA-256 of the weights it holds for."""
-    weights = {file: nb.sha256_of(ROOT / "checkpoints" / file) for file in ("small.pt", "small_guide.pt")}
+    weights = {file: nb.sha256_of(ROOT / "checkpoints" / file) for file in ("pixelcnn.pt", "guide.pt")}
     apart = json.loads(APART.read_text()) if APART.exists() else {}
     if apart.get("weights") != weights:
         apart = dict(weights=weights, results={})
@@ -39,8 +39,8 @@ def keep_apart(nb, name, value, stderr=None, *, n, how):
 
 def released(nb):
     """(Model, guide), on the CPU: a card draws in other batches."""
-    model = nb.load_checkpoint(ROOT / "checkpoints" / "small.pt", "cpu")
-    network = nb.load_checkpoint(ROOT / "checkpoints" / "small_guide.pt", "cpu", nb.GuideNetwork)
+    model = nb.load_checkpoint(ROOT / "checkpoints" / "pixelcnn.pt", "cpu")
+    network = nb.load_checkpoint(ROOT / "checkpoints" / "guide.pt", "cpu", nb.GuideNetwork)
     return model, nb.Guide(model, network)
 
 

@@ -172,7 +172,7 @@ def compare(call):
     wanted = numbers(call(nb.Guide(MODEL, NETWORK), MODEL, IMAGES[0], KNOWN))
     for device in ("cpu", "cuda"):
         model, network = (copy.deepcopy(x).to("cuda") for x in (MODEL, NETWORK))
-        network.given = [model]
+        network.trained_for = [model]
         found = numbers(call(nb.Guide(model, network), model, IMAGES[0].to(device), KNOWN.to(device)))
         assert len(found) == len(wanted) > 0
         assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(found, wanted)), "another answer"
