@@ -3,7 +3,7 @@
 usage: python .ci/tools/gpu_drill.py [--planted]
 Tensors "on cuda" are wrappers around CPU tensors; each operation is checked for devices as CUDA would, and runs on the
 CPU. Each call must give there what it gives on the CPU; training is in float16, as on a T4. Exits 1 if one failed.
---planted: a control, with masks that stay where they are. Not shown: speed, kernels' rounding, torch.compile.
+--planted: a control, with images that stay where they are. Not shown: speed, kernels' rounding, torch.compile.
 """
 import contextlib
 import copy
@@ -128,7 +128,7 @@ torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulat
 torch.set_num_threads(1)
 nb = definitions()
 if "--planted" in sys.argv:
-    nb.check_known = lambda model, known: known
+    nb.check_images = lambda model, images, name="images": images
 assert not torch.backends.cudnn.allow_tf32
 
 torch.manual_seed(0)
