@@ -39,7 +39,7 @@ RESULTS = [
     ("sampler_speedup_vs_naive_batch64", "784 / passes[64]", None, "64",
      "wall clock, better of two; the naive loop: one pass times 784"),
     ("sampler_speedup_vs_naive_batch256", "784 / passes[256]", None, "256",
-     "wall clock, better of two; the naive loop: one pass in parts of 64, its fastest way, times 784"),
+     "wall clock, better of two; the naive loop: one pass in the fastest parts, times 784"),
     ("sampler_times_one_pass_batch256", "passes[256]", None, "256", "wall clock, better of two"),
     ("question_a_probability_of_0", "first_pixel_marginal.probs[0]", None, "1", "exact, one softmax"),
     ("question_b_probability_of_ink", "centre_ink", "centre_ink_stderr", "1024", "mean over ancestral beginnings"),
@@ -47,7 +47,7 @@ RESULTS = [
      "forward Gibbs against enumeration, 3x3 model"),
     ("tiny_total_variation_weights", "tiny_weighted_distance", None, "len(tiny_found.log_w)",
      "weighted draws of the model alone against enumeration, 3x3 model"),
-    ("any_mask_converged_of_4", "[a.status for a in others.values()].count('converged')", None, "len(others)",
+    ("any_mask_converged_of_3", "[a.status for a in others.values()].count('converged')", None, "len(others)",
      "masks of the first test image"),
     ("notebook_minutes", "(time.monotonic() - run_started) / 60", None, "1", "this run, checkpoints loaded"),
 ]
