@@ -36,7 +36,12 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
         IMAGE, KNOWN[:, :2], TWO > 0)),
     *(("temperature", lambda nb, model, t=t: nb.sample(model, 3, temperature=t)) for t in (0, float("nan"))),
     *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], None, TWO > 0)),
-    ("image", lambda nb, model: nb.complete(model, TWO, KNOWN)),
+    *(("image: expected one", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
+    ("image: expected one", lambda nb, model: nb.conditional_given_past(model, TWO, (0, 1))),
+    ("n:", lambda nb, model: nb.complete(model, IMAGE, KNOWN, n=0)),
+    ("n:", lambda nb, model: nb.marginal(model, (1, 1), n=1)),
+    *(("most", lambda nb, model, most=most: nb.complete(model, IMAGE, KNOWN, most=most)) for most in (0, 1)),
+    ("batch_size", lambda nb, model: nb.fresh_batches(model, TWO)(nb.Recipe(9, 0, 0, batch_size=3), 0)),
     ("guide", lambda nb, model: nb.complete(model, IMAGE, KNOWN, guide=nb.Guide(nb.tiny_model()))),
     *(("pixel", lambda nb, model, ask=ask: getattr(nb, ask)(model, IMAGE, (3, 0))) for ask in (
         "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
