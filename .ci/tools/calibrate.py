@@ -1,9 +1,9 @@
 """Is what passes true, at full size? Answers about images that the model drew, recorded one by one and judged together.
 
-usage: python .ci/tools/calibrate.py record --folder FOLDER [--hidden centre|top] [--images 100] [--seed 7001]
-       python .ci/tools/calibrate.py judge --folder FOLDER [--hidden centre|top] [--keep NAME]
-       python .ci/tools/calibrate.py tops --folder FOLDER
-       python .ci/tools/calibrate.py gain FILE ...  (on 640 draws of the model, an hour of one core for ten files)
+usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|top] [--images 100] [--seed 7001]
+       python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden centre|top] [--keep NAME]
+       python .ci/tools/calibrate.py tops [--folder FOLDER]
+       python .ci/tools/calibrate.py gain FILE ... --images 640  (an hour of one core for ten files)
 record: `complete` with the budget of two cores; of the draws their weights are kept. judge: how many are answered, in
 which quarters the truth's place stands by log p and by log p/g, and how often the 95 % interval of log p(known) reaches
 a bound from above. tops: of how many of the first twenty test images the top is answered, with that budget and with
@@ -28,13 +28,15 @@ BUDGET = 2560  # draws of a pilot, at most
 
 
 def keep_apart(nb, name, value, stderr=None, *, n, how):
-    """A result that no run of the notebook makes, with the SHA-256 of the weights it holds for."""
-    weights = {file: nb.sha256_of(ROOT / "checkpoints" / file) for file in ("pixelcnn.pt", "guide.pt")}
+    """A result that no run of the notebook makes, with the weights it holds for; written whole or not at all."""
+    weights = fingerprints(nb)
     apart = json.loads(APART.read_text()) if APART.exists() else {}
     if apart.get("weights") != weights:
         apart = dict(weights=weights, results={})
     apart["results"][name] = dict(value=value, stderr=stderr, n=n, how=how)
-    nb.save_atomically(json.dumps(apart, indent=1).encode() + b"\n", APART)
+    temporary = APART.with_suffix(".tmp")
+    temporary.write_text(json.dumps(apart, indent=1) + "\n")
+    temporary.replace(APART)
 
 
 def released(nb):
@@ -42,6 +44,13 @@ def released(nb):
     model = nb.load_checkpoint(ROOT / "checkpoints" / "pixelcnn.pt", "cpu")
     network = nb.load_checkpoint(ROOT / "checkpoints" / "guide.pt", "cpu", nb.GuideNetwork)
     return model, nb.Guide(model, network)
+
+
+def fingerprints(nb):
+    """{file: the fingerprint of the network in it, in hexadecimal} of the released ones."""
+    model, guide = released(nb)
+    return {file: bytes(nb.fingerprint(network).tolist()).hex()
+            for file, network in {"pixelcnn.pt": model, "guide.pt": guide.network}.items()}
 
 
 def hidden_mask(name):
@@ -63,7 +72,7 @@ def answer_about(nb, guide, image, known, seed, path, most=BUDGET):
     started = time.monotonic()
     answer = nb.complete(guide.model, image, known, 1, guide, most, seed)
     log_p = nb.log_prob(guide.model, image[None]).item()
-    log_g = nb.guide_pixel_log_probs(guide, image[None], known[None]).sum().item()
+    log_g = nb.guide_pixel_log_probs(guide, image[None], known).sum().item()
     parts = {name: part and dict(log_w=part.log_w, log_p=part.log_p)
              for name, part in (("pilot", answer.pilot), ("found", answer.found))}
     said = dict(status=answer.status, log_evidence=answer.log_evidence, stderr=answer.log_evidence_stderr,
@@ -81,7 +90,7 @@ def record(nb, options):
 
 def tops(nb, options):
     _, guide = released(nb)
-    images = nb.load_mnist(ROOT / "data")[2][:20]
+    images = nb.load_mnist(ROOT / "data")[1][:20]
     for times in (1, 8):
         for number, path in own_files(options, f"tops_{times}", 20):
             answer_about(nb, guide, images[number], hidden_mask("top"), 13 + number, path, times * BUDGET)
@@ -131,10 +140,10 @@ def judgement(cases):
 def judge(nb, options):
     paths = sorted(Path(options.folder).glob(f"{options.hidden}_*_*.pt"))
     for name, (value, stderr, n, how) in judgement([torch.load(path, weights_only=True) for path in paths]).items():
-        name = f"{options.hidden}_{name}"
-        print(f"{name}: {value:.4g}{f' ± {stderr:.2g}' if stderr else ''} (n = {n}; {how})")
+        print(f"{options.hidden}_{name}: {value:.4g}{f' ± {stderr:.2g}' if stderr else ''} (n = {n}; {how})")
         if options.keep:
-            keep_apart(nb, f"{options.keep}_{name}", float(value), stderr and float(stderr), n=n, how=how)
+            name = f"{options.keep}_{options.hidden}_{name}"
+            keep_apart(nb, name, float(value), stderr and float(stderr), n=n, how=how)
 
 
 @torch.no_grad()
@@ -147,8 +156,7 @@ def gain(nb, options):
     for path in options.files:
         guide = nb.Guide(model, nb.load_checkpoint(path, "cpu", nb.GuideNetwork))
         for name in ("top", "left", "centre"):
-            known = hidden_mask(name).expand(images.shape)
-            log_g = nb.guide_pixel_log_probs(guide, images, known)
+            log_g = nb.guide_pixel_log_probs(guide, images, known := hidden_mask(name))
             gained = (log_g - alone).masked_fill(known, 0).sum(dim=(1, 2))
             more = gained - first.setdefault(name, gained)
             print(f"{path}, {name}: " + ", more than the first ".join(
@@ -159,16 +167,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["record", "judge", "tops", "gain"])
     parser.add_argument("files", nargs="*", help="of guides, for gain")
-    parser.add_argument("--folder")
+    parser.add_argument("--folder", default="data/calibration")
     parser.add_argument("--hidden", choices=["centre", "top", "left"], default="centre")
-    parser.add_argument("--images", type=int, help="how many; 100, and 640 for gain")
+    parser.add_argument("--images", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=7001)
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
-    options.images = options.images or (640 if options.what == "gain" else 100)
-    if options.what != "gain" and options.folder is None:
-        parser.error(f"{options.what} needs --folder")
     dict(record=record, judge=judge, tops=tops, gain=gain)[options.what](definitions(), options)
 
 

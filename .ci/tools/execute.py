@@ -1,6 +1,6 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
-usage: python .ci/tools/execute.py [--fast] [--publish] [--in FOLDER] [--timeout SECONDS]
+usage: python .ci/tools/execute.py [--fast] [--publish] [--in FOLDER]
 FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs, its settings as they were.
 --publish: the released run, from an empty run/. When it has ended, its pictures and the RESULTS below, with what
 calibrate.py found apart for the same weights, replace those of figures/, and the picture of the first screen is drawn
@@ -32,8 +32,8 @@ RESULTS = [
     ("small_bits_per_pixel", "small_bits", None, "len(coarse_validation)", "small version, the same images"),
     ("causality_largest_leak_logit", "trained_leak", None, "14 * 28",
      "each pixel of the upper half of a test image changed, float64, all outputs at it or before it"),
-    ("leaky_validation_invalid_bits_per_dim", "leaky_bits", None, "len(validation_images[:200])",
-     "mask B in the first layer: not a likelihood"),
+    ("leaky_smallest_invalid_bits_per_pixel", "leaky_bits", None, "len(coarse_validation)",
+     "smallest model with mask B in the first layer: not a likelihood"),
     ("sample_bits_per_dim", "sample_bits.mean()", "mean_and_error(sample_bits)[1]", "len(sample_bits)",
      "the model's own draws"),
     ("sampler_speedup_vs_naive_batch64", "784 / passes[64]", None, "64",
@@ -55,7 +55,8 @@ RESULTS = [
 RESULTS_CELL = f"""import json
 (RUN / "results.json").write_text(json.dumps(dict(
     device=where if device.type == "cuda" else f"CPU, {{torch.get_num_threads()}} threads",
-    weights={{path.name: sha256_of(path) for path in (model_path, guide_path, leaky_path)}},
+    weights={{file: bytes(fingerprint(network).tolist()).hex()
+             for file, network in (("pixelcnn.pt", model), ("guide.pt", guide_network))}},
     results={{name: dict(value=float(eval(value)), stderr=stderr and float(eval(stderr)), n=eval(n), how=how)
              for name, value, stderr, n, how in {RESULTS!r}}})))"""
 
@@ -90,13 +91,12 @@ def set_fast(notebook, fast=True):
     assert found == 1, "FAST is not among the settings"
 
 
-def publish(made, figures, first_cell, apart=APART):
+def publish(made, figures, first_cell):
     """Put the pictures and results of a whole run in place of those in `figures`, and its hero into the first cell."""
     results = json.loads((made / "results.json").read_text())
-    if apart.exists():
-        found = json.loads(apart.read_text())
-        if found["weights"].items() <= results["weights"].items():
-            results["results"] |= found["results"]
+    apart = json.loads(APART.read_text())
+    if apart["weights"] == results["weights"]:
+        results["results"] |= apart["results"]
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
     for path in made.glob("*.png"):

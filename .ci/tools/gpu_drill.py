@@ -3,7 +3,7 @@
 usage: python .ci/tools/gpu_drill.py [--planted]
 Tensors "on cuda" are wrappers around CPU tensors; each operation is checked for devices as CUDA would, and runs on the
 CPU. Each call must give there what it gives on the CPU; training is in float16, as on a T4. Exits 1 if one failed.
---planted: a control, with images that stay where they are. Not shown: speed, kernels' rounding, torch.compile.
+--planted: a control, with images that stay where they are, and kernels that are not trained there.
 """
 import contextlib
 import copy
@@ -128,16 +128,18 @@ torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulat
 torch.set_num_threads(1)
 nb = definitions()
 if "--planted" in sys.argv:
-    nb.check_images = lambda model, images, name="images": images
+    nb.check_image = lambda model, image, name="image", ndim=2: image
+    nb.share_gradient = lambda view, p, share=nb.share_gradient: None if p.is_cuda else share(view, p)
 assert not torch.backends.cudnn.allow_tf32
 
 torch.manual_seed(0)
-CONFIG = nb.Config(6, 6, 4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), context=4)
+CONFIG = nb.Config(6, 6, 4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), mean_channels=4)
 RECIPE = nb.Recipe(640, warmup=64, decay=160, batch_size=16, validate_every=10)
 MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
 NETWORK = nb.starting_guide(MODEL, (1, 2)).requires_grad_(False)
 for parameter in [*MODEL.parameters(), *NETWORK.parameters()]:
     parameter.add_(0.15 * torch.randn_like(parameter))
+NETWORK.made_for = nb.fingerprint(MODEL)
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
 
@@ -155,8 +157,8 @@ CALLS = {  # of a guide g, its model m, an image x and a mask k
     "complete": lambda g, m, x, k: nb.complete(m, x, k, 4, g, 2048),
     "complete, the model alone": lambda g, m, x, k: nb.complete(m, x, k, 4, most=8),
     "complete, a prefix": lambda g, m, x, k: nb.complete(m, x, ~k, 4),
-    "the guide's loss": lambda g, m, x, k: nb.validation_bits(g.network, IMAGES.to(m.device)),
-    "fresh_batches": lambda g, m, x, k: nb.fresh_batches(m, IMAGES.repeat(8, 1, 1).to(x), steps=2)(RECIPE, 3)}
+    "the guide's loss": lambda g, m, x, k: nb.bits_of(g.network, IMAGES.to(m.device), k.to(m.device).expand(40, 6, 6)),
+    "fresh_batches": lambda g, m, x, k: nb.fresh_batches(m, IMAGES.to(x), RECIPE, steps=2)(3)}
 
 
 def numbers(answer):
@@ -172,7 +174,7 @@ def compare(call):
     wanted = numbers(call(nb.Guide(MODEL, NETWORK), MODEL, IMAGES[0], KNOWN))
     for device in ("cpu", "cuda"):
         model, network = (copy.deepcopy(x).to("cuda") for x in (MODEL, NETWORK))
-        network.trained_for = [model]
+        network.p = model.forward
         found = numbers(call(nb.Guide(model, network), model, IMAGES[0].to(device), KNOWN.to(device)))
         assert len(found) == len(wanted) > 0
         assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(found, wanted)), "another answer"
@@ -180,17 +182,20 @@ def compare(call):
 
 def trained(*devices):
     """Weights of a training that is stopped in step 13 on each device but the last."""
-    def batches(recipe, step):
-        next(steps)
-        return nb.batch_at(IMAGES, recipe, step)
+    def batches(step):
+        if step == 13 and device != devices[-1]:
+            raise StopIteration
+        seen.append(step)
+        return [nb.batch_at(IMAGES, RECIPE, step)]
 
+    seen = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices:
             torch.manual_seed(1)
-            steps = iter(range(40 if device == devices[-1] else 13))
             with contextlib.suppress(StopIteration):
-                model = nb.train(nb.PixelCNN(CONFIG).to(device), batches, IMAGES[:20], [RECIPE],
+                model = nb.train(nb.PixelCNN(CONFIG).to(device), batches, [IMAGES[:20]], RECIPE,
                                  Path(folder) / "model.pt", save_seconds=0)
+    assert seen == [*range(40)], "it did not go on"
     return torch.cat([parameter.cpu().flatten() for parameter in model.parameters()])
 
 

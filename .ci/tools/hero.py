@@ -1,5 +1,6 @@
 """The picture of the first screen: completions of question G beside forward Gibbs, below them the questions as grids.
 It is the last cell of a run that is published (execute.py), and writes run/hero.txt, base64 of a PNG."""
+import base64
 KNOWN, UNKNOWN = "#404040", "#cddff0"  # what is asked: THIRD
 NOTES = "exact", "draws, averaged", "exact", "weights + E", "exact", "exact draws", "weighted draws"
 
@@ -44,9 +45,7 @@ for cell, (letter, note, picture) in enumerate(zip("ABCDEFG", NOTES, question_gr
     axis.set_title(letter, fontsize=9, pad=2)
     axis.set_xlabel(note, fontsize=7.5, labelpad=2)
 figure.text(0.5, 0.005, "dark: known      orange: asked      blue: not known", ha="center", fontsize=8)
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "hero.png"
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
-    (RUN / "hero.txt").write_bytes(base64.b64encode(path.read_bytes()))
+picture, packed = io.BytesIO(), io.BytesIO()
+figure.savefig(picture, dpi=130)
+Image.open(picture).convert("RGB").quantize(128).save(packed, "PNG", optimize=True)
+(RUN / "hero.txt").write_bytes(base64.b64encode(packed.getvalue()))
