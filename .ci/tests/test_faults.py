@@ -30,7 +30,12 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     ("image", lambda nb, model: nb.sample(model, 3, image=IMAGE + 3, known=KNOWN)),
     *(("known", lambda nb, model, k=k: nb.sample(model, 3, image=IMAGE, known=k)) for k in (
         IMAGE, KNOWN[:, :2], TWO > 0)),
-    *(("temperature", lambda nb, model, t=t: nb.sample(model, 3, temperature=t)) for t in (0, float("nan"))),
+    *((name, lambda nb, model, change=change: nb.gibbs(**dict(
+        dict(model=model, image=IMAGE, known=KNOWN, sweeps=2, chains=2), **change)))
+      for name, change in (("sweeps", dict(sweeps=0)), ("sweeps, chains", dict(chains=0)), ("known", dict(known=IMAGE)),
+                           ("image", dict(image=TWO)), ("start", dict(start=TWO[:1])), ("start", dict(start=TWO + 3)))),
+    ("guide", lambda nb, model: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(nb.tiny_model()))),
+    ("values", lambda nb, model: nb.r_hat(torch.zeros(3, 8))),
     *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], None, TWO > 0)),
     *(("image: ", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
     *(("image: ", lambda nb, model, x=x: nb.conditional_given_past(model, x, (0, 1))) for x in (TWO, KNOWN)),

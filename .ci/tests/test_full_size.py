@@ -113,8 +113,8 @@ def test_gibbs_moves_meet_it_and_forward_gibbs_does_not(nb, guide, pair):
         return z_of(log_probs, images) < t_bound(len(images))
 
     assert right(starts)
-    assert right(torch.stack([nb.gibbs_sweep(guide.model, start, known, generator) for start in starts[::16]]))
+    assert right(nb.sweep_by_pixels(guide.model, starts[::16], known, generator))
     for who, rows in ((guide, 2), (nb.Guide(guide.model), 1)):
-        moved = nb.gibbs_sweep_by_bands(who, starts, known, generator, rows)
+        moved = nb.sweep_by_blocks(who, starts, known, generator, rows, 8)
         assert right(moved) and (moved != starts).any(dim=(1, 2)).double().mean() > 0.3
     assert not right(nb.sample(guide.model, 1024, image=image, known=known, seed=2))

@@ -140,13 +140,15 @@ def test_the_judge_of_recorded_answers_tells_truths_from_others(shift, uniform):
         x[0] = x[0] / 1.5 + shift  # the truth
         log_w = math.log(1.5) - x**2 / 2 + (x / 1.5) ** 2 / 2  # p/g; log Z is 0
         return dict(status="converged", log_evidence=0.0, stderr=0.05, log_p=x[0].item(), log_w=log_w[0].item(),
-                    found=dict(log_p=x[1:], log_w=log_w[1:]))
+                    found=dict(log_p=x[1:], log_w=log_w[1:]), more=log_w[1:].flip(0)[:400])
 
     cases = [case(number) for number in range(400)]
     found = judgement([*cases, dict(status="not converged")])
     assert found["answered"][::2] == (400, 401) and abs(found["widest_gap_nats"][0]) < 0.2
     assert (found["place_by_log_p_p"][0] > FALSE_ALARM) == uniform
-    assert abs(torch.tensor([bound_from_above(case) for case in cases]).mean()) < 0.01
+    bounds = torch.tensor([bound_from_above(case) for case in cases], dtype=torch.float64)
+    assert abs(bounds[:, 0].mean()) < 0.01 and 0.5 < bounds[:, 0].std() / bounds[:, 1].mean() < 2
+    assert found["median_k_hat"][0] < 0.7
 
 
 # What a reader is told to copy ---------------------------------------------------------------------

@@ -4,9 +4,9 @@ usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|t
        python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden centre|top] [--keep NAME]
        python .ci/tools/calibrate.py tops [--folder FOLDER]
        python .ci/tools/calibrate.py gain FILE ... --images 640  (an hour of one core for ten files)
-record: `complete` with the budget of two cores; of the draws their weights are kept. judge: how many are answered, in
-which quarters the truth's place stands by log p and by log p/g, and how often the 95 % interval of log p(known) reaches
-a bound from above. tops: of how many of the first twenty test images the top is answered, with that budget and with
+record: `complete` with the budget of two cores; of the draws their weights are kept, and those of 2,048 more for a bound
+of log p(known) from above. judge: how many are answered, in which quarters the truth's place stands by log p and by
+log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers' Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with
 eight times as much. gain: what guides gain over the model alone. What is found is kept a file an image, so that the
 same command goes on where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What --keep
 and tops find goes to apart.json; a published run takes it over.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the notebook does, before torch is imported
 from definitions import ROOT, definitions
+import arviz
 import numpy as np
 import torch
 from scipy import stats
@@ -54,9 +55,11 @@ def fingerprints(nb):
 
 
 def hidden_mask(name):
-    known = torch.ones(28, 28, dtype=torch.bool)
-    known[dict(centre=np.s_[10:18, 10:18], top=np.s_[:14], left=np.s_[:, :14])[name]] = False
-    return known
+    row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
+    hidden = dict(centre=(row >= 10) & (row < 18) & (column >= 10) & (column < 18), top=row < 14, left=column < 14,
+                  disc=(row - 13.5) ** 2 + (column - 13.5) ** 2 < 7**2,  # this and the next no guide was trained on
+                  chessboard=(row // 4 + column // 4) % 2 == 0)
+    return ~hidden[name]
 
 
 def own_files(options, name, count):
@@ -75,9 +78,10 @@ def answer_about(nb, guide, image, known, seed, path, most=BUDGET):
     log_g = nb.guide_pixel_log_probs(guide, image[None], known).sum().item()
     parts = {name: part and dict(log_w=part.log_w, log_p=part.log_p)
              for name, part in (("pilot", answer.pilot), ("found", answer.found))}
+    more = nb.weighted_draws(guide, image, known, 2048, seed=10**6 + seed)
     said = dict(status=answer.status, log_evidence=answer.log_evidence, stderr=answer.log_evidence_stderr,
                 seconds=time.monotonic() - started)
-    nb.save_atomically(said | parts | dict(log_p=log_p, log_w=log_p - log_g), path)
+    nb.save_atomically(said | parts | dict(log_p=log_p, log_w=log_p - log_g, more=more.log_w), path)
     print(f"{path.name}: {said}", flush=True)
 
 
@@ -109,10 +113,11 @@ def place_of(truth, values, log_w, uniform):
 
 
 def bound_from_above(case):
-    """log of the mean weight of the truth and all draws but one. Given K the truth is a draw of the posterior, so one
-    over that mean is 1 / Z on average, and its log lies above log Z, in expectation."""
-    log_w = (case["found"] or case["pilot"])["log_w"]
-    return (torch.cat([log_w[1:], log_w.new_tensor([case["log_w"]])]).logsumexp(0) - np.log(len(log_w))).item()
+    """(log of the mean weight of the truth and draws that are not the answer's, its error). Given K the truth is a draw
+    of the posterior, so one over that mean is 1 / Z on average, and its log lies above log Z, in expectation."""
+    log_w = torch.cat([case["more"], case["more"].new_tensor([case["log_w"]])])
+    variance = (log_w.softmax(0) ** 2).sum() - 1 / len(log_w)
+    return log_w.logsumexp(0).item() - np.log(len(log_w)), variance.item() ** 0.5
 
 
 def judgement(cases):
@@ -127,11 +132,14 @@ def judgement(cases):
         quarters = np.histogram(places, [0, 0.25, 0.5, 0.75, 1 + 1e-9])[0]
         found[f"place_by_{by}_p"] = (stats.chisquare(quarters).pvalue, None, n,
                                      f"P of the quarters in which the truth stands: {quarters.tolist()}")
-    gaps = np.array([bound_from_above(case) - case["log_evidence"] for case in given])
-    stderrs = np.array([case["stderr"] for case in given])
-    share = np.mean(gaps <= 1.96 * stderrs)
+    bounds, errors = np.array([bound_from_above(case) for case in given]).T
+    stderrs, log_evidences = np.array([[case["stderr"], case["log_evidence"]] for case in given]).T
+    gaps = bounds - log_evidences
+    share = np.mean(gaps <= 1.96 * np.hypot(stderrs, errors))
     found["bound_reached_share"] = (share, (share * (1 - share) / n) ** 0.5, n,
-                                    "log_evidence + 1.96 stderr reaches the bound from above")
+                                    "log_evidence reaches the bound from above within 1.96 of both errors")
+    k_hats = [float(arviz.psislw(case["found"]["log_w"].numpy())[1]) for case in given]
+    found["median_k_hat"] = (np.median(k_hats), None, n, "Pareto k-hat of the answers' weights")
     found["widest_gap_nats"] = (gaps.max(), None, n, "bound from above minus log_evidence")
     found["median_stderr_nats"] = (np.median(stderrs), None, n, "of log_evidence")
     return found
@@ -168,7 +176,7 @@ def main():
     parser.add_argument("what", choices=["record", "judge", "tops", "gain"])
     parser.add_argument("files", nargs="*", help="of guides, for gain")
     parser.add_argument("--folder", default="data/calibration")
-    parser.add_argument("--hidden", choices=["centre", "top", "left"], default="centre")
+    parser.add_argument("--hidden", choices=["centre", "top", "left", "disc", "chessboard"], default="centre")
     parser.add_argument("--images", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=7001)
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
