@@ -154,8 +154,9 @@ def test_the_judge_of_recorded_answers_tells_truths_from_others(shift, uniform):
 # What a reader is told to copy ---------------------------------------------------------------------
 
 def program(texts, words, changes):
-    """The Python in the text with these words, with what makes it small in place of what is there."""
-    (found,) = [re.findall(r"```python\n(.*?)```", text, flags=re.S)[0] for text in texts if words in text]
+    """The Python in the text that begins after these words, with what makes it small in place of what is there."""
+    (text,) = [text.partition(words)[2] for text in texts if words in text]
+    found = re.search(r"```python\n(.*?)```", text, flags=re.S)[1]
     for old, new in changes.items():
         assert found.count(old) == 1, old
         found = found.replace(old, new)
@@ -177,7 +178,7 @@ def test_the_script_runs(mnist, tmp_path, where):
     """With fewer rows hidden and 16 draws, too few for an answer; it saves its draws, ink dark. It would see a name
     that the notebook no longer has, and a need for a file that is not released."""
     Image.fromarray(mnist[1][0].numpy()).save(tmp_path / "my_digit.png")
-    source = program([README] if where == "README" else SOURCES["markdown"], "save_image",
+    source = program([README] if where == "README" else SOURCES["markdown"], "From a script",
                      {"guide=guide, ": "guide=guide, most=16, ", ">= 14": ">= 4"})
     assert re.fullmatch(r"not converged -\d+\.\d+ None\n", run(source, tmp_path))
     saved = np.asarray(Image.open(tmp_path / "draws.png").convert("L"))
@@ -187,7 +188,7 @@ def test_the_script_runs(mnist, tmp_path, where):
 def test_the_program_for_other_data_runs_in_small(mnist, tmp_path):
     """After the first five lines of the script, with a few steps of training; it trains both networks, scores, draws
     and completes. It would see a function that works at 28x28 pixels of 256 levels alone."""
-    first = program([README], "save_image", {}).splitlines(keepends=True)[:5]
+    first = program([README], "From a script", {}).splitlines(keepends=True)[:5]
     small = program(SOURCES["markdown"], "**Other data.**", {
         "vars(nb))\n": "vars(nb))\ntorch.set_num_threads(1)\n", "load_mnist()[0]": "load_mnist()[0][-6000:]",
         "validation = images[:-5000], images[-5000:-4000]": "validation = images[:-5000], images[-5000:-4900]",

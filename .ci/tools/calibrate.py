@@ -3,13 +3,15 @@
 usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|top] [--images 100] [--seed 7001]
        python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden centre|top] [--keep NAME]
        python .ci/tools/calibrate.py tops [--folder FOLDER]
+       python .ci/tools/calibrate.py hole [--folder FOLDER]
        python .ci/tools/calibrate.py gain FILE ... --images 640  (an hour of one core for ten files)
 record: `complete` with the budget of two cores; of the draws their weights are kept, and those of 2,048 more for a bound
 of log p(known) from above. judge: how many are answered, in which quarters the truth's place stands by log p and by
-log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers' Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with
-eight times as much. gain: what guides gain over the model alone. What is found is kept a file an image, so that the
-same command goes on where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What --keep
-and tops find goes to apart.json; a published run takes it over.
+log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers' Pareto k-hat. tops: of how
+many of the first twenty test images the top is answered, with that budget and with eight times as much. hole: two
+hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. gain: what guides gain over the model alone. What is
+found is kept a file an image, so that the same command goes on where it stopped, and two of them, with --part 0/2 and
+--part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a published run takes it over.
 """
 import argparse
 import json
@@ -58,7 +60,8 @@ def hidden_mask(name):
     row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
     hidden = dict(centre=(row >= 10) & (row < 18) & (column >= 10) & (column < 18), top=row < 14, left=column < 14,
                   disc=(row - 13.5) ** 2 + (column - 13.5) ** 2 < 7**2,  # this and the next no guide was trained on
-                  chessboard=(row // 4 + column // 4) % 2 == 0)
+                  chessboard=(row // 4 + column // 4) % 2 == 0,
+                  hole=(row // 2 == 11) & (column // 2 == 5))  # at the foot of a stroke of test image 2
     return ~hidden[name]
 
 
@@ -104,6 +107,31 @@ def tops(nb, options):
         if len(cases) == 20:
             keep_apart(nb, f"question_g_converged_of_20_at_{times}_budgets", passed, n=20,
                        how=f"the first twenty test images, at most {times * BUDGET} draws in the pilot")
+
+
+def hole(nb, options):
+    """Four chains, from blank, full ink and two forward draws; of 200 sweeps the first 20 are left out."""
+    model, guide = released(nb)
+    image, known, path = nb.load_mnist(ROOT / "data")[1][2], hidden_mask("hole"), Path(options.folder) / "hole.pt"
+    start = torch.cat([torch.zeros(1, 28, 28), torch.full((1, 28, 28), 255)]).byte()
+    states = torch.cat([start, nb.sample(model, 2, image=image, known=known, seed=1)])[None]
+    if path.exists():
+        states = torch.load(path, weights_only=True)
+    while len(states) <= 200:
+        more = nb.gibbs(model, image, known, 10, 4, start=states[-1], seed=len(states))
+        states = torch.cat([states, more[1:]])
+        nb.save_atomically(states, path)
+        print(f"{len(states) - 1} sweeps", flush=True)
+    ink = states[20:, :, ~known].double().mean(dim=2)  # [states, chains]
+    log_p = nb.log_prob(model, states[20:].flatten(0, 1)).view(-1, 4)
+    answer = nb.complete(model, image, known, 1, guide, BUDGET, seed=3)
+    weights, found = answer.found.log_w.softmax(0), answer.found.draws[:, ~known].double().mean(dim=1)
+    mean = weights @ found
+    how = "mean level of 2x2 hidden pixels of test image 2"
+    keep_apart(nb, "hole_mean_level_by_gibbs", ink.mean().item(), float(arviz.mcse(ink.T.numpy())), n=ink.numel(), how=how)
+    keep_apart(nb, "hole_mean_level_by_complete", mean.item(), (weights**2 @ (found - mean) ** 2).sqrt().item(),
+               n=len(found), how=how)
+    keep_apart(nb, "hole_r_hat", max(nb.r_hat(ink), nb.r_hat(log_p)), n=ink.numel(), how="the larger of mean level's, log p's")
 
 
 def place_of(truth, values, log_w, uniform):
@@ -173,7 +201,7 @@ def gain(nb, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["record", "judge", "tops", "gain"])
+    parser.add_argument("what", choices=["record", "judge", "tops", "hole", "gain"])
     parser.add_argument("files", nargs="*", help="of guides, for gain")
     parser.add_argument("--folder", default="data/calibration")
     parser.add_argument("--hidden", choices=["centre", "top", "left", "disc", "chessboard"], default="centre")
@@ -182,7 +210,7 @@ def main():
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
-    dict(record=record, judge=judge, tops=tops, gain=gain)[options.what](definitions(), options)
+    dict(record=record, judge=judge, tops=tops, hole=hole, gain=gain)[options.what](definitions(), options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The picture of the first screen: completions of question G beside forward Gibbs, below them the questions as grids.
 It is the last cell of a run that is published (execute.py), and writes run/hero.txt, base64 of a PNG."""
-import base64
-KNOWN, UNKNOWN = "#404040", "#cddff0"  # what is asked: THIRD
+import base64, io
+KNOWN, UNKNOWN = "#404040", "#cddff0"  # what is asked: ORANGE
 NOTES = "exact", "draws, averaged", "exact", "weights + E", "exact", "exact draws", "weighted draws"
 
 
@@ -14,7 +14,7 @@ def question_grids():
         if a.sum() == 1:  # large enough to be seen
             row, column = np.argwhere(a)[0]
             a[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
-        colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (UNKNOWN, KNOWN, THIRD)]
+        colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (UNKNOWN, KNOWN, ORANGE)]
         yield np.array(colours, dtype=np.uint8)[np.where(a, 2, k)]
 
 
@@ -22,7 +22,7 @@ figure = plt.figure(figsize=(8.6, 1.3 + 0.8 * len(tops)), layout="none")
 top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(tops), 1.15], hspace=0.2, left=0.01, right=0.99,
                                   top=0.93, bottom=0.08)
 grid = top.subgridspec(len(tops), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
-titles = {0: ("known", "k"), 3: ("       completed by this notebook", ACCENT), 8: ("by forward Gibbs", THIRD)}
+titles = {0: ("known", "k"), 3: ("       completed by this notebook", BLUE), 8: ("by forward Gibbs", ORANGE)}
 for line, (image, answer) in enumerate(zip(top_images.values(), tops.values())):
     verdict = answer.status.replace("not converged", "refused")
     _, *shown = completed(image, bottom_known, answer.draws, verdict == "refused")
