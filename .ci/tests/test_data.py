@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import Payload
 from PIL import Image, ImageDraw
 
@@ -26,25 +28,28 @@ def dead():
     return Mock(side_effect=OSError("nobody there"), __name__="dead")
 
 
-def test_sound_files_are_read_and_damaged_ones_are_not(nb, mnist, dead, tmp_path, monkeypatch):
-    """Four files as a reader would put them there, whose labels are 0. It would see sound files that are fetched again
-    or lost, and a damaged one or false images that are used; then the next source serves, or the error says all."""
-    raw = tmp_path / "MNIST" / "raw"
+def test_sound_files_are_read_and_a_damaged_one_is_replaced(nb, mnist, dead, tmp_path, monkeypatch):
+    """Four files as a reader would put them there, whose labels are 0; torchvision's network is a folder. It would see
+    sound files that are fetched again or lost, and damaged ones or false images that are used or end it."""
+    raw, served = tmp_path / "MNIST" / "raw", tmp_path / "served"
     raw.mkdir(parents=True)
     for name, x in zip(("train", "t10k"), mnist):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *x.shape) + x.numpy().tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(x)) + bytes(len(x)))
     lies = Mock(return_value=torch.zeros(70_000, 28, 28, dtype=torch.uint8), __name__="lies")
-    sources = lies, dead, nb.from_torchvision
-    monkeypatch.setattr(nb, "MNIST_SOURCES", sources)
+    monkeypatch.setattr(nb, "MNIST_SOURCES", (lies, dead, nb.from_torchvision))
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", lambda url, download_root, filename,
+                        md5: shutil.copy((served / filename).with_suffix(""), download_root))
     assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and dead.call_args_list == [call(tmp_path, False)]
+    aside = shutil.copytree(raw, tmp_path / "aside")
     path = raw / "t10k-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1] + b"1")
+    path.write_bytes((sound := path.read_bytes())[:-1] + b"1")
     with pytest.raises(RuntimeError, match="(?s)uncompressed, into .*MNIST/raw.*lies, from the folder: SHA-256 is.*dead, over the network: nobody there"):
         nb.load_mnist(tmp_path)
-    served = Mock(side_effect=lambda folder, download: torch.cat(mnist), __name__="served")
-    monkeypatch.setattr(nb, "MNIST_SOURCES", (*sources, served))
-    assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and served.call_args_list == [call(tmp_path, False)]
+    left = {*raw.glob("*")}
+    aside.rename(served)
+    assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and path.read_bytes() == sound
+    assert left == {*raw.iterdir()}
 
 
 def test_a_silent_network_ends_within_a_minute(nb, mnist, tmp_path, monkeypatch):
@@ -118,13 +123,14 @@ def test_a_picture_of_any_size_is_made_into_what_the_digits_are(nb, tmp_path, si
 
 
 def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
-    """Light on dark, on another ground (the ink a dark grey too), on a transparent one; near a corner; on its side, with
-    the orientation that a camera notes. (The control: without.) And a thin line keeps its width."""
+    """Light on dark, on another ground, on a transparent one, in 16 bits (the ink a dark grey too); near a corner; on
+    its side, with the orientation that a camera notes. (The control: without.) And a thin line keeps its width."""
     dark = drawn_seven()
     grey, image = np.array(dark), as_read(nb, dark, tmp_path)
     see_through = np.zeros((*grey.shape, 4), dtype=np.uint8)
     see_through[..., 3] = 255 - grey
     for other in (Image.fromarray(255 - grey), drawn_seven(ground=200, ink=90), Image.fromarray(see_through),
+                  Image.fromarray((grey / 255 * 54_000 + 6_000).astype(np.uint16)),
                   Image.fromarray(np.roll(grey, (-50, -60), (0, 1)))):
         assert torch.equal(as_read(nb, other, tmp_path), image), other.mode
     held, sideways = Image.Exif(), dark.transpose(Image.Transpose.ROTATE_90)
@@ -136,8 +142,13 @@ def test_the_kind_of_picture_and_the_place_do_not_matter(nb, tmp_path):
     assert (as_read(nb, Image.fromarray(grey), tmp_path) > 0).sum() == 20
 
 
-@pytest.mark.parametrize("picture", [Image.new("RGBA", (50, 50)), Image.fromarray(np.full((9, 9), 60_000, np.uint16))])
-def test_what_is_no_picture_of_a_digit_is_refused_by_name(nb, tmp_path, picture):
-    """All transparent; a kind of picture that would be clipped. It would see a picture of nothing."""
-    with pytest.raises(ValueError, match="path: .*one colour|conversion"):
-        as_read(nb, picture, tmp_path)
+@pytest.mark.parametrize("picture, word", [
+    (None, "picture file"), (drawn_seven(), "picture file"), (Image.new("RGBA", (50, 50)), "one colour")])
+def test_what_is_no_picture_of_a_digit_is_refused_by_name(nb, tmp_path, picture, word):
+    """Missing, cut off, all transparent: it would see an error from inside PIL, and a picture of nothing."""
+    path = tmp_path / "mine.png"
+    if picture is not None:
+        picture.save(path)
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"path: .*{word}"):
+        nb.read_picture(path)

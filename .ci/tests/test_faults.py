@@ -23,7 +23,7 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
 
 @pytest.mark.parametrize("name, call", [
     *(("images", lambda nb, model, x=x: nb.log_prob(model, x)) for x in (
-        torch.zeros(1, 3, 3), IMAGE, TWO[:, :2], torch.full((1, 3, 3), 300), KNOWN[None])),
+        torch.zeros(1, 3, 3), IMAGE, TWO[:, :2], torch.full((1, 3, 3), 300), KNOWN[None], TWO.tolist())),
     *((name, lambda nb, model, x=x, y=y: nb.train(nb.tiny_model().requires_grad_(), x, y, nb.MODEL_RECIPE, "no/x.pt"))
       for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4))),
     ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
@@ -38,8 +38,8 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     *(("rows, candidates", lambda nb, model, how=how: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(model), **how))
       for how in (dict(rows=0), dict(candidates=1))),
     ("values", lambda nb, model: nb.r_hat(torch.zeros(3, 8))),
-    *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], TWO > 0)),
-    *(("image: ", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist() + [[0, 0, 3]])),
+    *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], None, TWO > 0)),
+    *(("image: ", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
     *(("image: ", lambda nb, model, x=x: nb.conditional_given_past(model, x, (0, 1))) for x in (TWO, KNOWN)),
     ("image: ", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE + 3, KNOWN, 2)),
     ("known", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE, IMAGE, 2)),
@@ -63,13 +63,6 @@ def test_wrong_arguments_are_refused_by_name(nb, tiny, monkeypatch, name, call):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"^{name}"):
         call(nb, tiny)
-
-
-def test_lists_and_arrays_are_as_good_as_tensors(nb, tiny):
-    """It would see levels or masks that are read otherwise."""
-    answers = [nb.complete(tiny, image, known, most=64).draws
-               for image, known in ((IMAGE, KNOWN), (IMAGE.tolist(), KNOWN.numpy()), (IMAGE.long().numpy(), KNOWN.tolist()))]
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 
 def in_a_process(function, *arguments):
@@ -107,7 +100,7 @@ def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
     """A real limit on the size of files, in a process of its own: it would see an old file that is lost to half a new
-    one. The next one is written over what is left."""
+    one, or half a one that is left beside it."""
     path = tmp_path / "file.pt"
     nb.save_atomically({"a": 1}, path)
 
@@ -120,8 +113,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(nb, tmp_path):
     process = in_a_process(write)
     process.join(60)
     assert process.exitcode == 0 and torch.load(path, weights_only=True) == {"a": 1}
-    nb.save_atomically({"b": 2}, path)
-    assert torch.load(path, weights_only=True) == {"b": 2} and [*tmp_path.iterdir()] == [path]
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.slow

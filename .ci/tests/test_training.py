@@ -133,6 +133,25 @@ def test_a_state_of_another_network_or_recipe_and_a_loss_that_is_no_number_stop_
     assert state.read_bytes() == kept and not path.exists()
 
 
+def test_a_damaged_state_is_refused_by_name_and_kept(nb, network, images, recipe, tmp_path):
+    """Cut off, or with a flipped bit in a weight: it would see a training that goes on with other weights, or an error
+    without the file's name. The controls: torch.load takes the flipped one; as it was saved it is gone on from."""
+    path = tmp_path / "model.pt"
+    state = path.with_suffix(".state")
+    with pytest.raises(KeyboardInterrupt):
+        train(nb, network(), images, recipe, path, stop=5)
+    sound = state.read_bytes()
+    place = sound.index(torch.load(state, weights_only=True)["states"][0]["head.weight"].numpy().tobytes())
+    for damaged in (sound[:-100], sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.state: damaged"):
+            train(nb, network(), images, recipe, path)
+        assert state.read_bytes() == damaged and not path.exists()
+    torch.load(state, weights_only=True)
+    state.write_bytes(sound)
+    train(nb, network(), images, recipe, path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], indirect=True)
 @pytest.mark.parametrize("where", ["head.bias", "blocks.0.conv.weight"])
 def test_where_float16_overflows_neither_optimiser_steps(nb, network, images, recipe, tmp_path, dtype, where):

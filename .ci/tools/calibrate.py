@@ -125,12 +125,13 @@ def hole(nb, options):
     ink = states[20:, :, ~known].double().mean(dim=2)  # [states, chains]
     log_p = nb.log_prob(model, states[20:].flatten(0, 1)).view(-1, 4)
     answer = nb.complete(model, image, known, 1, guide, BUDGET, seed=3)
-    weights, found = answer.found.log_w.softmax(0), answer.found.draws[:, ~known].double().mean(dim=1)
+    given = answer.found or answer.pilot
+    weights, found = given.log_w.softmax(0), given.draws[:, ~known].double().mean(dim=1)
     mean = weights @ found
     how = "mean level of 2x2 hidden pixels of test image 2"
     keep_apart(nb, "hole_mean_level_by_gibbs", ink.mean().item(), float(arviz.mcse(ink.T.numpy())), n=ink.numel(), how=how)
     keep_apart(nb, "hole_mean_level_by_complete", mean.item(), (weights**2 @ (found - mean) ** 2).sqrt().item(),
-               n=len(found), how=how)
+               n=len(found), how=f"{how}, {answer.status}")
     keep_apart(nb, "hole_r_hat", max(nb.r_hat(ink), nb.r_hat(log_p)), n=ink.numel(), how="the larger of mean level's, log p's")
 
 
