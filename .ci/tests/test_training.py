@@ -7,6 +7,7 @@ import pickle
 import random
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(nb, network, images,
     with pytest.raises(IsADirectoryError if stop == 40 else KeyboardInterrupt):
         train(nb, network(encoder), images, recipe, path, stop)
     path.rmdir()
-    assert path.with_suffix(".state").exists()
+    assert Path(f"{path}.state").exists()
     torch.nn.init.ones_((again := network(encoder)).head.weight)
     resumed = train(nb, again, images, recipe, path)
     assert same(resumed, whole) and same(nb.load_checkpoint(path, "cpu", type(again)), whole)
@@ -115,13 +116,13 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(nb, network, images,
 
 
 @pytest.mark.parametrize("said, sizes, change, added", [
-    ("model.state", {"channels": 12}, {}, 0), ("model.state", {}, {"clip_norm": 2.0}, 0),
+    ("model.pt.state", {"channels": 12}, {}, 0), ("model.pt.state", {}, {"clip_norm": 2.0}, 0),
     ("at step 5 of Recipe", {}, {}, 1e4), ("at step 5 of Recipe", {}, {}, math.nan)])
 def test_a_state_of_another_network_or_recipe_and_a_loss_that_is_no_number_stop_the_run(
         nb, network, images, recipe, tmp_path, said, sizes, change, added):
     """It would see a training that goes on with what is not its own, or with nothing. The state is kept."""
     path = tmp_path / "model.pt"
-    state = path.with_suffix(".state")
+    state = Path(f"{path}.state")
     with pytest.raises(KeyboardInterrupt):
         train(nb, network(), images, recipe, path, stop=5)
     spoilt = torch.load(state, weights_only=True)
@@ -133,18 +134,35 @@ def test_a_state_of_another_network_or_recipe_and_a_loss_that_is_no_number_stop_
     assert state.read_bytes() == kept and not path.exists()
 
 
+def test_a_guides_training_does_not_go_on_for_another_model_nor_without_a_batch(nb, network, images, recipe, tmp_path):
+    """It would see hours spent on a guide that is refused at the end, or untrained weights written as trained ones."""
+    path = tmp_path / "guide.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(nb, network((1,)), images, recipe, path, stop=5)
+    other = network().eval().requires_grad_(False)
+    torch.nn.init.ones_(other.head.bias)
+    with pytest.raises(ValueError, match="guide.pt.state: of another network"):
+        train(nb, nb.starting_guide(other, (1,)), images, recipe, path)
+    assert not path.exists() and train(nb, network((1,)), images, recipe, path)
+    with pytest.raises(ValueError, match="recipe: expected images for at least one batch"):
+        train(nb, network(), images, replace(recipe, images=recipe.batch_size - 1), tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+
+
 def test_a_damaged_state_is_refused_by_name_and_kept(nb, network, images, recipe, tmp_path):
-    """Cut off, or with a flipped bit in a weight: it would see a training that goes on with other weights, or an error
-    without the file's name. The controls: torch.load takes the flipped one; as it was saved it is gone on from."""
+    """Cut off, or with a flipped bit in how it is packed or in a weight: it would see a training that goes on with other
+    weights, or an error without the file's name. The controls: torch.load takes the last; as saved it is gone on from."""
     path = tmp_path / "model.pt"
-    state = path.with_suffix(".state")
+    state = Path(f"{path}.state")
     with pytest.raises(KeyboardInterrupt):
         train(nb, network(), images, recipe, path, stop=5)
     sound = state.read_bytes()
     place = sound.index(torch.load(state, weights_only=True)["states"][0]["head.weight"].numpy().tobytes())
-    for damaged in (sound[:-100], sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :]):
+    method = sound.rindex(b"PK\1\2") + 10  # how a member is packed
+    flipped = [sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :] for at in (method, method - 2, place)]
+    for damaged in (sound[:-100], *flipped):
         state.write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.state: damaged"):
+        with pytest.raises(ValueError, match="model.pt.state: damaged"):
             train(nb, network(), images, recipe, path)
         assert state.read_bytes() == damaged and not path.exists()
     torch.load(state, weights_only=True)
@@ -158,7 +176,7 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, network, images, re
     """One gradient of AdamW's or Muon's (a kernel's) is infinite in step 35: weights, average and both optimisers stay
     as they are, and the loss's scale is halved. The control: in float32 it is no overflow, and training stops."""
     model, path, states = network(), tmp_path / "model.pt", []  # after each number of steps
-    note = lambda step: states.append(step and torch.load(path.with_suffix(".state"), weights_only=True)["states"])
+    note = lambda step: states.append(step and torch.load(Path(f"{path}.state"), weights_only=True)["states"])
     spoilt = dict(model.named_parameters())[where]
     spoilt.register_hook(lambda gradient: gradient + (torch.inf if len(states) == 36 else 0))
     stops = pytest.raises(FloatingPointError, match="gradient norm is inf at step 35 ")
