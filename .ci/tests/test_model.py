@@ -18,30 +18,25 @@ def model(nb):
     return nb.PixelCNN(nb.Config()).eval().requires_grad_(False)
 
 
-def leak(moved):
-    """Of `influence` the largest entry that must be 0, at the changed pixel or before it."""
-    return moved.tril().max()
-
-
 def test_each_output_depends_on_all_pixels_before_it_and_on_no_other(nb):
     """Zeros: below 1e-9. The controls: mask B in the first layer leaks, a reversed order too, and convolutions alone
     have a blind spot, as the smallest model has (the pixel three rows up and ten columns on)."""
     thin = nb.PixelCNN(nb.Config(20, 20, 256, 4, 8, 8, mean_channels=4)).requires_grad_(False)
     image = random_images(1, 20, 20)[0]
     moved, after = nb.influence(thin, image), torch.ones(400, 400).triu(1) > 0
-    assert leak(moved) < 1e-9 < moved[after].min() and leak(moved.T) > 1e-3
+    assert nb.leak(moved) < 1e-9 < moved[after].min() and nb.leak(moved.T) > 1e-3
     leaky = copy.deepcopy(thin)
     leaky.first = nb.MaskedConv2d("B", 4, 8, 3, 3)
-    assert leak(nb.influence(leaky, image[:3])) > 1e-3
+    assert nb.leak(nb.influence(leaky, image[:3])) > 1e-3
     thin.counts.matrix.weight.zero_()
     for block in thin.blocks:
         block.mean = None
     moved = nb.influence(thin, image)
-    assert leak(moved) < 1e-9 and moved[after].min() < 1e-9
+    assert nb.leak(moved) < 1e-9 and moved[after].min() < 1e-9
     torch.manual_seed(0)
     moved = nb.influence(nb.SmallestPixelCNN(4), random_images(1, 14, 14, 4)[0])
     at = moved.view(14, 14, 14, 14)[:, :, 10, 2]
-    assert leak(moved) < 1e-9 and at[7, 12] < 1e-9 and at[9, 2] > 1e-5
+    assert nb.leak(moved) < 1e-9 and at[7, 12] < 1e-9 and at[9, 2] > 1e-5
 
 
 def test_a_hidden_weight_is_not_used_and_gets_no_gradient(nb):

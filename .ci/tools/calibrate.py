@@ -122,8 +122,7 @@ def hole(nb, options):
         states = torch.cat([states, more[1:]])
         nb.save_atomically(states, path)
         print(f"{len(states) - 1} sweeps", flush=True)
-    ink = states[20:, :, ~known].double().mean(dim=2)  # [states, chains]
-    log_p = nb.log_prob(model, states[20:].flatten(0, 1)).view(-1, 4)
+    log_p, ink = nb.watch(model, states[20:], known)  # [states, chains]
     answer = nb.complete(model, image, known, 1, guide, BUDGET, seed=3)
     given = answer.found or answer.pilot
     weights, found = given.log_w.softmax(0), given.draws[:, ~known].double().mean(dim=1)
