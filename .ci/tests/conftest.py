@@ -133,9 +133,3 @@ def t_bound(n):
 
 MANY = t_bound(10**9)
 
-
-def errors_off(log_z, exact):
-    """|mean Z-hat / Z - 1| in standard errors of the runs, from their log Z-hat [r] and log Z, without a floor."""
-    ratios = (log_z - exact).exp()
-    return abs(ratios.mean() - 1) / (ratios.std() / len(ratios) ** 0.5).clamp(min=1e-9)
-

@@ -18,6 +18,8 @@ from definitions import notebook_cells
 IMAGE = torch.zeros(3, 3, dtype=torch.uint8)
 KNOWN = torch.arange(9).view(3, 3) > 1
 TWO = IMAGE.expand(2, 3, 3)
+(LOAD,) = [source for cell in notebook_cells() if (source := "".join(cell["source"])).startswith("WEIGHTS = ")]
+SETTINGS = dict(FAST=False, SAVE_DIR="checkpoints", TRAINING="short")
 CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,), embedding=1, mean_channels=-1)
 
 
@@ -32,20 +34,20 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
         IMAGE, KNOWN[:, :2], TWO > 0)),
     *((name, lambda nb, model, change=change: nb.gibbs(**dict(
         dict(model=model, image=IMAGE, known=KNOWN, sweeps=2, chains=2), **change)))
-      for name, change in (("sweeps", dict(sweeps=0)), ("sweeps, chains", dict(chains=0)), ("known", dict(known=IMAGE)),
+      for name, change in (("sweeps, chains", dict(sweeps=0)), ("sweeps, chains", dict(chains=0)), ("known", dict(known=IMAGE)),
                            ("image", dict(image=TWO)), ("start", dict(start=TWO[:1])), ("start", dict(start=TWO + 3)))),
     ("guide", lambda nb, model: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(nb.tiny_model()))),
     *(("rows, candidates", lambda nb, model, how=how: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(model), **how))
       for how in (dict(rows=0), dict(candidates=1))),
     ("values", lambda nb, model: nb.r_hat(torch.zeros(3, 8))),
     *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], None, TWO > 0)),
-    *(("image: ", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
-    *(("image: ", lambda nb, model, x=x: nb.conditional_given_past(model, x, (0, 1))) for x in (TWO, KNOWN)),
-    ("image: ", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE + 3, KNOWN, 2)),
+    *(("image", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
+    *(("image", lambda nb, model, x=x: nb.conditional_given_past(model, x, (0, 1))) for x in (TWO, KNOWN)),
+    ("image", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE + 3, KNOWN, 2)),
     ("known", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE, IMAGE, 2)),
-    ("n:", lambda nb, model: nb.sample(model, 0)),
-    ("n:", lambda nb, model: nb.complete(model, IMAGE, KNOWN, n=0)),
-    ("n:", lambda nb, model: nb.marginal(model, (1, 1), n=1)),
+    ("n", lambda nb, model: nb.sample(model, 0)),
+    ("n", lambda nb, model: nb.complete(model, IMAGE, KNOWN, n=0)),
+    ("n", lambda nb, model: nb.marginal(model, (1, 1), n=1)),
     *(("most", lambda nb, model, most=most: nb.complete(model, IMAGE, KNOWN, most=most)) for most in (0, 1)),
     ("batch_size", lambda nb, model: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=3))),
     ("guide", lambda nb, model: nb.complete(model, IMAGE, KNOWN, guide=nb.Guide(nb.tiny_model()))),
@@ -53,15 +55,15 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
         "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
     ("pixel", lambda nb, model: nb.marginal(model, (0, -1))),
     *(("device", lambda nb, model, device=device: nb.pick_device(device)) for device in ("tpu", "mps", "cuda")),
-    *(("SAVE_DIR", lambda nb, model, source=source: exec(source, {**vars(nb), "FAST": False, "SAVE_DIR": "no/drive"}))
-      for cell in notebook_cells() if (source := "".join(cell["source"])).startswith("WEIGHTS = ")),
-    *((f"config: .*{name}", lambda nb, model, name=name, value=value: replace(model.config, **{name: value}))
+    *((name, lambda nb, model, wrong={name: "no/drive"}: exec(LOAD, vars(nb) | SETTINGS | wrong))
+      for name in ("SAVE_DIR", "TRAINING")),
+    *(("config", lambda nb, model, name=name, value=value: replace(model.config, **{name: value}))
       for name, value in CONFIG.items())])
 def test_wrong_arguments_are_refused_by_name(nb, tiny, monkeypatch, name, call):
     """It would see a wrong shape, type or number that is computed with, a fallback to the CPU in silence, an error from
     inside torch, and a training whose weights go where no Drive is mounted."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"^{name}"):
+    with pytest.raises(ValueError, match=f"^{name}: "):
         call(nb, tiny)
 
 
@@ -77,7 +79,7 @@ def in_a_process(function, *arguments):
 
 def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, images, tmp_path, monkeypatch):
     """Six SIGKILLs; the state is written at every step, so that many fall into a write. It would see a state that is
-    not whole."""
+    not whole, and a training that begins anew."""
     monkeypatch.setattr(nb, "training_dtype", lambda device: torch.float32)
 
     def run(name):
@@ -87,13 +89,16 @@ def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, 
 
     begun = time.monotonic()
     in_a_process(run, "calm.pt").join(240)
-    whole, kills = time.monotonic() - begun, 0
+    whole, kills, reached = time.monotonic() - begun, 0, []
     for share in (0.31, 0.23, 0.17, 0.29, 0.11, 0.19, 10):
         process = in_a_process(run, "killed.pt")
         process.join(share * whole + 60 * (share > 1))
         kills += process.exitcode is None
         process.kill()
         process.join()
+        if share < 1 and process.exitcode:
+            reached.append(torch.load(tmp_path / "killed.pt.state", weights_only=True)["progress"][0])
+    assert reached == sorted(reached) and reached[-1] > reached[0] > 0
     assert 3 <= kills <= 6, "it ended before it was killed (the test tested nothing), or it did not go on"
     assert same(*(nb.load_checkpoint(tmp_path / name, "cpu") for name in ("calm.pt", "killed.pt")))
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from calibrate import hidden_mask, released
-from conftest import MANY, errors_off, guide_log_prob, t_bound
+from conftest import MANY, guide_log_prob, t_bound
 
 pytestmark = pytest.mark.slow
 IMAGE, ROW, COLUMN = 5, 25, 11  # the last two pixels of a digit's stroke, one above the other
@@ -79,7 +79,7 @@ def test_complete_meets_the_enumeration_of_one_pixel(nb, guide, mnist):
     exact = nb.log_prob(guide.model, image[None]).item() - probs[int(image[pixel])].log().item()
     answer = nb.complete(guide.model, image, known, 1, guide)
     found = answer.found
-    wrong = [errors_off(found.log_w, log_z).item() for log_z in (exact, exact - 0.4)]
+    wrong = [nb.errors_off(found.log_w, log_z) for log_z in (exact, exact - 0.4)]
     shares = (found.draws[:, *pixel].bincount(weights, 256) for weights in (found.log_w.softmax(0), None))
     far = [nb.distance_between(share / share.sum(), probs) for share in shares]
     assert answer.status == "converged" and abs(answer.log_evidence - exact) < 4 * answer.log_evidence_stderr
@@ -94,7 +94,7 @@ def test_weighted_draws_meet_the_enumeration_of_two_pixels(nb, guide, pair, lear
     image, known, log_probs, log_evidence = pair
     found = nb.weighted_draws(guide if learned else nb.Guide(guide.model), image, known, 1024, 3)
     sharper = (1.5 * log_probs).flatten().log_softmax(0).view_as(log_probs)
-    wrong = [errors_off(log_w, log_evidence).item() for log_w in (found.log_w, found.log_p)]
+    wrong = [nb.errors_off(log_w, log_evidence) for log_w in (found.log_w, found.log_p)]
     far = [z_of(table, found.draws, (found.log_w - log_evidence).exp()) for table in (log_probs, sharper)]
     assert wrong[0] < MANY < wrong[1]
     assert far[0] < MANY < far[1]

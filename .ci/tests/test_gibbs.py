@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import either_guide, known_mask
 
-KNOWN = known_mask(0, 1, 2)
+KNOWN = known_mask(0, 1, 3)  # in two rows
 
 
 @pytest.mark.parametrize("states, chains", [(100, 4), (101, 8), (9, 8), (4, 2)])

@@ -10,8 +10,9 @@ of log p(known) from above. judge: how many are answered, in which quarters the 
 log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers' Pareto k-hat. tops: of how
 many of the first twenty test images the top is answered, with that budget and with eight times as much. hole: two
 hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. gain: what guides gain over the model alone. What is
-found is kept a file an image, so that the same command goes on where it stopped, and two of them, with --part 0/2 and
---part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a published run takes it over.
+found is kept a file an image, in a folder for these weights, so that the same command goes on where it stopped, and two
+of them, with --part 0/2 and --part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a
+published run takes it over.
 """
 import argparse
 import json
@@ -68,7 +69,7 @@ def hidden_mask(name):
 def own_files(options, name, count):
     """(Number, path) of those of so many images that this process takes and has not done."""
     part, parts = map(int, options.part.split("/"))
-    paths = [(k, Path(options.folder) / f"{name}_{k:03d}.pt") for k in range(part, count, parts)]
+    paths = [(k, options.folder / f"{name}_{k:03d}.pt") for k in range(part, count, parts)]
     return [(k, path) for k, path in paths if not path.exists()]
 
 
@@ -101,7 +102,7 @@ def tops(nb, options):
     for times in (1, 8):
         for number, path in own_files(options, f"tops_{times}", 20):
             answer_about(nb, guide, images[number], hidden_mask("top"), 13 + number, path, times * BUDGET)
-        cases = [torch.load(path, weights_only=True) for path in Path(options.folder).glob(f"tops_{times}_*.pt")]
+        cases = [torch.load(path, weights_only=True) for path in options.folder.glob(f"tops_{times}_*.pt")]
         passed = sum(case["status"] == "converged" for case in cases)
         print(f"{passed} of {len(cases)} answered with at most {times * BUDGET:,} draws in the pilot")
         if len(cases) == 20:
@@ -112,7 +113,7 @@ def tops(nb, options):
 def hole(nb, options):
     """Four chains, from blank, full ink and two forward draws; of 200 sweeps the first 20 are left out."""
     model, guide = released(nb)
-    image, known, path = nb.load_mnist(ROOT / "data")[1][2], hidden_mask("hole"), Path(options.folder) / "hole.pt"
+    image, known, path = nb.load_mnist(ROOT / "data")[1][2], hidden_mask("hole"), options.folder / "hole.pt"
     start = torch.cat([torch.zeros(1, 28, 28), torch.full((1, 28, 28), 255)]).byte()
     states = torch.cat([start, nb.sample(model, 2, image=image, known=known, seed=1)])[None]
     if path.exists():
@@ -174,7 +175,7 @@ def judgement(cases):
 
 
 def judge(nb, options):
-    paths = sorted(Path(options.folder).glob(f"{options.hidden}_*_*.pt"))
+    paths = sorted(options.folder.glob(f"{options.hidden}_*_*.pt"))
     for name, (value, stderr, n, how) in judgement([torch.load(path, weights_only=True) for path in paths]).items():
         print(f"{options.hidden}_{name}: {value:.4g}{f' ± {stderr:.2g}' if stderr else ''} (n = {n}; {how})")
         if options.keep:
@@ -210,7 +211,10 @@ def main():
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
-    dict(record=record, judge=judge, tops=tops, hole=hole, gain=gain)[options.what](definitions(), options)
+    nb = definitions()
+    options.folder = Path(options.folder) / fingerprints(nb)["guide.pt"][:8]  # answers of other weights stay apart
+    options.folder.mkdir(parents=True, exist_ok=True)
+    dict(record=record, judge=judge, tops=tops, hole=hole, gain=gain)[options.what](nb, options)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def publish(made, figures, first_cell):
     apart = json.loads(APART.read_text())
     if apart["weights"] == results["weights"]:
         results["results"] |= apart["results"]
+    else:
+        print(f"{APART.name} is of other weights, and left out")
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir()
     for path in made.glob("*.png"):
@@ -128,7 +130,9 @@ def main():
         kept.cells = kept.cells[:count]
         if options.fast:
             set_fast(kept, False)
-        nbformat.write(kept, folder / "PixelCNN.ipynb")
+        temporary = folder / "PixelCNN.tmp"  # an interrupted write loses nothing
+        nbformat.write(kept, temporary)
+        temporary.replace(folder / "PixelCNN.ipynb")
 
     client.begun, client.section, client.keep = time.monotonic(), "", keep
     try:
