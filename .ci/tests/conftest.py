@@ -132,4 +132,3 @@ def t_bound(n):
 
 
 MANY = t_bound(10**9)
-

@@ -282,7 +282,7 @@ def test_no_flipped_bit_changes_a_weight(nb, network, tmp_path):
 
 
 def test_what_is_of_another_network_is_refused(nb, network, images, recipe, tmp_path):
-    """A checkpoint of another Config or kind. The control: its own."""
+    """A checkpoint of another Config or kind, a guide of another model. The controls: their own, also in float64."""
     path, model = tmp_path / "model.pt", network()
     nb.save_checkpoint(model, path)
     assert same(nb.load_or_train(path, network(), images, images, recipe), model)
@@ -290,6 +290,11 @@ def test_what_is_of_another_network_is_refused(nb, network, images, recipe, tmp_
         nb.load_or_train(path, network(channels=12), images, images, recipe)
     with pytest.raises(ValueError, match="(?s)model.pt: expected .* of a GuideNetwork; .*encoder"):
         nb.load_checkpoint(path, "cpu", nb.GuideNetwork)
+    guide = nb.starting_guide(model, (1,))
+    assert nb.Guide(copy.deepcopy(model).double(), copy.deepcopy(guide).double())
+    torch.nn.init.ones_((other := network()).head.bias[:1])
+    with pytest.raises(ValueError, match="^network: expected one made for this model"):
+        nb.Guide(other, guide)
 
 
 def test_the_committed_checkpoints_load_and_see_no_future(nb):

@@ -204,7 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["record", "judge", "tops", "hole", "gain"])
     parser.add_argument("files", nargs="*", help="of guides, for gain")
-    parser.add_argument("--folder", default="data/calibration")
+    parser.add_argument("--folder", type=Path, default="data/calibration")
     parser.add_argument("--hidden", choices=["centre", "top", "left", "disc", "chessboard"], default="centre")
     parser.add_argument("--images", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=7001)
@@ -212,8 +212,7 @@ def main():
     parser.add_argument("--keep", help="for judge: what the names of its results in apart.json begin with")
     options = parser.parse_args()
     nb = definitions()
-    options.folder = Path(options.folder) / fingerprints(nb)["guide.pt"][:8]  # answers of other weights stay apart
-    options.folder.mkdir(parents=True, exist_ok=True)
+    options.folder /= fingerprints(nb)["guide.pt"][:8]  # answers of other weights stay apart
     dict(record=record, judge=judge, tops=tops, hole=hole, gain=gain)[options.what](nb, options)
 
 
