@@ -82,27 +82,35 @@ def in_a_process(function, *arguments):
 
 def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, images, tmp_path, monkeypatch):
     """Six SIGKILLs; the state is written at every step, so that many fall into a write. It would see a state that is
-    not whole, and a training that begins anew."""
+    not whole, and a training that begins anew: a kill costs the step that it falls into, no other."""
     monkeypatch.setattr(nb, "training_dtype", lambda device: torch.float32)
+    longer = replace(recipe, images=1920)
+    steps = 1920 // recipe.batch_size
+
+    def begun(name):
+        log = tmp_path / f"{name}.steps"
+        return [int(step) for step in log.read_text().split()] if log.exists() else []
 
     def run(name):
+        def batches(step):
+            with (tmp_path / f"{name}.steps").open("a") as log:
+                log.write(f"{step}\n")
+            return [nb.batch_at(images, longer, step)]
         torch.manual_seed(0)
-        longer = replace(recipe, images=1920)
-        nb.train(nb.PixelCNN(config), images, images[:20], longer, tmp_path / name, save_seconds=0)
+        nb.train(nb.PixelCNN(config), batches, [images[:20]], longer, tmp_path / name, save_seconds=0)
 
-    state, reached, begun = tmp_path / "killed.pt.state", [], time.monotonic()
     in_a_process(run, "calm.pt").join(240)
-    whole, kills = time.monotonic() - begun, 0
-    for share in (0.31, 0.23, 0.17, 0.29, 0.11, 0.19, 10):
+    for share, milliseconds in ((0.1, 0), (0.3, 4), (0.45, 1), (0.6, 7), (0.8, 2), (0.9, 5)):
         process = in_a_process(run, "killed.pt")
-        process.join(share * whole + 60 * (share > 1))
-        kills += process.exitcode is None
+        while process.is_alive() and int(share * steps) not in begun("killed.pt"):
+            time.sleep(0.001)
+        time.sleep(milliseconds / 1000)
         process.kill()
         process.join()
-        if state.exists():
-            reached.append(torch.load(state, weights_only=True)["progress"][0])
-    assert 3 <= kills <= 6, "it ended before it was killed (the test tested nothing), or it did not go on"
-    assert len(reached) >= 3 and reached == sorted(reached) and reached[-1] > reached[0], "it began anew"
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    in_a_process(run, "killed.pt").join(240)
+    assert begun("calm.pt") == [*range(steps)] == sorted({*begun("killed.pt")})
+    assert len(begun("killed.pt")) <= steps + 6, "it began anew"
     assert same(*(nb.load_checkpoint(tmp_path / name, "cpu") for name in ("calm.pt", "killed.pt")))
 
 
