@@ -5,14 +5,14 @@ usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|t
        python .ci/tools/calibrate.py tops [--folder FOLDER]
        python .ci/tools/calibrate.py hole [--folder FOLDER]
        python .ci/tools/calibrate.py gain FILE ... --images 640  (an hour of one core for ten files)
-record: `complete` with the budget of two cores; of the draws their weights are kept, and those of 2,048 more for a bound
-of log p(known) from above. judge: how many are answered, in which quarters the truth's place stands by log p and by
-log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers' Pareto k-hat. tops: of how
-many of the first twenty test images the top is answered, with that budget and with eight times as much. hole: two
-hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. gain: what guides gain over the model alone. What is
-found is kept a file an image, in a folder for these weights, so that the same command goes on where it stopped, and two
-of them, with --part 0/2 and --part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a
-published run takes it over.
+record: `complete` with the budget of two cores; of the draws their weights are kept, and of what is answered those of
+2,048 more, for a bound of log p(known) from above. judge: how many are answered, in which quarters the truth's place
+stands by log p and by log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers'
+Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with eight
+times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. gain: what guides gain over
+the model alone. What is found is kept a file an image, in a folder for these weights, so that the same command goes on
+where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What --keep, tops and hole find
+goes to apart.json; a published run takes it over.
 """
 import argparse
 import json
@@ -82,10 +82,11 @@ def answer_about(nb, guide, image, known, seed, path, most=BUDGET):
     log_g = nb.guide_pixel_log_probs(guide, image[None], known).sum().item()
     parts = {name: part and dict(log_w=part.log_w, log_p=part.log_p)
              for name, part in (("pilot", answer.pilot), ("found", answer.found))}
-    more = nb.weighted_draws(guide, image, known, 2048, seed=10**6 + seed)
     said = dict(status=answer.status, log_evidence=answer.log_evidence, stderr=answer.log_evidence_stderr,
                 seconds=time.monotonic() - started)
-    nb.save_atomically(said | parts | dict(log_p=log_p, log_w=log_p - log_g, more=more.log_w), path)
+    if answer.status == "converged":  # what is refused is not judged
+        parts["more"] = nb.weighted_draws(guide, image, known, 2048, seed=10**6 + seed).log_w
+    nb.save_atomically(said | parts | dict(log_p=log_p, log_w=log_p - log_g), path)
     print(f"{path.name}: {said}", flush=True)
 
 
