@@ -85,7 +85,7 @@ def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, 
     not whole, and a training that begins anew: a kill costs the step that it falls into, no other."""
     monkeypatch.setattr(nb, "training_dtype", lambda device: torch.float32)
     longer = replace(recipe, images=1920)
-    steps = 1920 // recipe.batch_size
+    steps = longer.images // longer.batch_size
 
     def begun(name):
         log = tmp_path / f"{name}.steps"
@@ -100,7 +100,7 @@ def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, 
         nb.train(nb.PixelCNN(config), batches, [images[:20]], longer, tmp_path / name, save_seconds=0)
 
     in_a_process(run, "calm.pt").join(240)
-    for share, milliseconds in ((0.1, 0), (0.3, 4), (0.45, 1), (0.6, 7), (0.8, 2), (0.9, 5)):
+    for share, milliseconds in ((0.1, 0), (0.2, 4), (0.35, 1), (0.5, 7), (0.6, 2), (0.7, 5)):
         process = in_a_process(run, "killed.pt")
         while process.is_alive() and int(share * steps) not in begun("killed.pt"):
             time.sleep(0.001)
