@@ -51,11 +51,15 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     ("n", lambda nb, model: nb.complete(model, IMAGE, KNOWN, n=0)),
     ("n", lambda nb, model: nb.marginal(model, (1, 1), n=1)),
     *(("most", lambda nb, model, most=most: nb.complete(model, IMAGE, KNOWN, most=most)) for most in (0, 1)),
+    ("pixel", lambda nb, model: nb.conditional(model, IMAGE, KNOWN, (2, 2))),
+    ("known", lambda nb, model: nb.conditional(model, IMAGE, TWO > 0, (0, 0))),
+    ("rows, columns", lambda nb, model: nb.all_but(10, 10, 3, 9)),
     ("batch_size", lambda nb, model: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=3))),
+    ("digits", lambda nb, model: nb.fresh_batches(model, TWO / 2, nb.MODEL_RECIPE)),
     ("guide", lambda nb, model: nb.complete(model, IMAGE, KNOWN, guide=nb.Guide(nb.tiny_model()))),
     *(("pixel", lambda nb, model, ask=ask: getattr(nb, ask)(model, IMAGE, (3, 0))) for ask in (
         "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
-    ("pixel", lambda nb, model: nb.marginal(model, (0, -1))),
+    *(("pixel", lambda nb, model, pixel=pixel: nb.marginal(model, pixel)) for pixel in ((0, -1), (1.5, 2), (1,), 1)),
     *(("device", lambda nb, model, device=device: nb.pick_device(device)) for device in ("tpu", "mps", "cuda")),
     *((name, lambda nb, model, wrong={name: "no/drive"}: exec(LOAD, vars(nb) | SETTINGS | wrong))
       for name in ("SAVE_DIR", "TRAINING")),

@@ -59,7 +59,7 @@ def test_the_guides_weights_meet_an_exact_evidence(nb, guide, mnist):
     image, known = mnist[1][0], ~hidden_mask("top")
     exact = nb.pixel_log_probs(guide.model, image[None])[0][known].sum().item()
     found = nb.weighted_draws(guide, image, known, 512)
-    assert nb.errors_off(found.log_w, exact) < MANY < nb.errors_off(found.log_p, exact)
+    assert nb.z_score(found.log_w, exact) < MANY < nb.z_score(found.log_p, exact)
 
 
 def z_of(log_probs, draws, weights=None):
@@ -88,9 +88,9 @@ def test_complete_meets_the_enumeration_of_one_pixel(nb, guide, mnist):
     exact = nb.log_prob(guide.model, image[None]).item() - probs[int(image[pixel])].log().item()
     answer = nb.complete(guide.model, image, known, 1, guide)
     found = answer.found
-    wrong = [nb.errors_off(found.log_w, log_z) for log_z in (exact, exact - 0.4)]
+    wrong = [nb.z_score(found.log_w, log_z) for log_z in (exact, exact - 0.4)]
     shares = (found.draws[:, *pixel].bincount(weights, 256) for weights in (found.log_w.softmax(0), None))
-    far = [nb.distance_between(share / share.sum(), probs) for share in shares]
+    far = [nb.total_variation(share / share.sum(), probs) for share in shares]
     assert answer.status == "converged" and abs(answer.log_evidence - exact) < 4 * answer.log_evidence_stderr
     assert wrong[0] < MANY < wrong[1]
     assert far[0] < 0.15 < far[1]
@@ -103,7 +103,7 @@ def test_weighted_draws_meet_the_enumeration_of_two_pixels(nb, guide, pair, lear
     image, known, log_probs, log_evidence = pair
     found = nb.weighted_draws(guide if learned else nb.Guide(guide.model), image, known, 1024, 3)
     sharper = (1.5 * log_probs).flatten().log_softmax(0).view_as(log_probs)
-    wrong = [nb.errors_off(log_w, log_evidence) for log_w in (found.log_w, found.log_p)]
+    wrong = [nb.z_score(log_w, log_evidence) for log_w in (found.log_w, found.log_p)]
     far = [z_of(table, found.draws, (found.log_w - log_evidence).exp()) for table in (log_probs, sharper)]
     assert wrong[0] < MANY < wrong[1]
     assert far[0] < MANY < far[1]

@@ -115,8 +115,9 @@ def test_every_marked_number_is_in_the_results():
 
 def test_the_released_run_keeps_its_promises(nb):
     """It would see results of other weights, and a model, a run or answers that fall short: the bar in bits with at
-    most UVA's parameters; 20 minutes; of hidden centres (named before) uniform places of the truth, no P below 0.05,
-    0.8 of the intervals that reach the bound, and a median error of log Z of 0.3 nats at most."""
+    most UVA's parameters; 20 minutes; of hidden centres (named before) uniform places of the truth, no P below 0.01 (of
+    two; one time in fifty a right program has one), 0.8 of the intervals that reach the bound, and a median error of
+    log Z of 0.3 nats at most."""
     apart = json.loads(APART.read_text())
     weights, results = RELEASED["weights"], RELEASED["results"]
     assert weights == apart["weights"] == fingerprints(nb)
@@ -125,7 +126,7 @@ def test_the_released_run_keeps_its_promises(nb):
     assert value["test_bits_per_dim"] <= 0.66 and results["test_bits_per_dim"]["n"] == 10_000
     assert value["parameters"] <= 852_160 and value["notebook_minutes"] <= 20
     assert results["calibration_centre_answered"]["n"] >= 100
-    assert min(value[f"calibration_centre_place_by_{by}_p"] for by in ("log_p", "log_w")) >= 0.05
+    assert min(value[f"calibration_centre_place_by_{by}_p"] for by in ("log_p", "log_w")) >= 0.01
     assert value["calibration_centre_bound_reached_share"] >= 0.8
     assert value["calibration_centre_median_stderr_nats"] <= 0.3
 

@@ -134,7 +134,7 @@ def test_a_state_of_another_network_or_recipe_and_a_loss_that_is_no_number_stop_
     assert state.read_bytes() == kept and not path.exists()
 
 
-def test_a_guides_training_does_not_go_on_for_another_model_nor_without_a_batch(nb, network, images, recipe, tmp_path):
+def test_a_guides_training_goes_on_for_no_other_model_or_data_nor_without_a_batch(nb, network, images, recipe, tmp_path):
     """It would see hours spent on a guide that is refused at the end, or untrained weights written as trained ones."""
     path = tmp_path / "guide.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -143,6 +143,8 @@ def test_a_guides_training_does_not_go_on_for_another_model_nor_without_a_batch(
     torch.nn.init.ones_(other.head.bias)
     with pytest.raises(ValueError, match="guide.pt.state: of another network"):
         train(nb, nb.starting_guide(other, (1,)), images, recipe, path)
+    with pytest.raises(ValueError, match="guide.pt.state: of another network, recipe or data"):
+        train(nb, network((1,)), images.flip(1), recipe, path)
     assert not path.exists() and train(nb, network((1,)), images, recipe, path)
     with pytest.raises(ValueError, match="recipe: expected images for at least one batch"):
         train(nb, network(), images, replace(recipe, images=recipe.batch_size - 1), tmp_path / "model.pt")
@@ -159,7 +161,8 @@ def test_a_damaged_state_is_refused_by_name_and_kept(nb, network, images, recipe
     sound = state.read_bytes()
     place = sound.index(torch.load(state, weights_only=True)["states"][0]["head.weight"].numpy().tobytes())
     method = sound.rindex(b"PK\1\2") + 10  # how a member is packed
-    flipped = [sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :] for at in (method, method - 2, place)]
+    flips = (method, 1), (method, 8), (method - 2, 1), (place, 1)
+    flipped = [sound[:at] + bytes([sound[at] ^ bit]) + sound[at + 1 :] for at, bit in flips]
     for damaged in (sound[:-100], *flipped):
         state.write_bytes(damaged)
         with pytest.raises(ValueError, match="model.pt.state: damaged"):

@@ -42,7 +42,7 @@ RESULTS = [
      "wall clock, better of two; the naive loop: one pass in the fastest parts, times 784"),
     ("sampler_times_one_pass_batch256", "passes[256]", None, "256", "wall clock, better of two"),
     ("question_a_probability_of_0", "first_pixel_marginal.probs[0]", None, "1", "exact, one softmax"),
-    ("question_b_probability_of_ink", "centre_ink", "centre_ink_stderr", "1024", "mean over ancestral beginnings"),
+    ("question_b_probability_of_ink", "1 - centre_marginal.probs[0]", "centre_marginal.stderr[0]", "1024", "mean over ancestral beginnings"),
     ("tiny_total_variation_forward_gibbs", "gibbs_distance['forward Gibbs']", None, "len(wrong)",
      "forward Gibbs against enumeration, 3x3 model"),
     ("tiny_total_variation_weights", "tiny_weighted_distance", None, "len(tiny_found.log_w)",
