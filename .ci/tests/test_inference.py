@@ -121,8 +121,8 @@ def test_the_draws_follow_the_posterior(nb, tiny, table, evidence, monkeypatch):
 
 
 def test_a_pilot_decides_and_fresh_draws_answer(nb, tiny, evidence, monkeypatch):
-    """The pilot has two batches at least, the answer as many as the pilot, four at least, and log Z is the answer's
-    alone; a larger `most` begins with the same pilot. It would see draws that decide and answer."""
+    """The pilot has two batches at least, the answer twice as many as the pilot, and log Z is the answer's alone; a
+    larger `most` begins with the same pilot. It would see draws that decide and answer."""
     monkeypatch.setattr(nb, "draws_at_once", lambda model: 32)
 
     def answer(most):
@@ -136,7 +136,7 @@ def test_a_pilot_decides_and_fresh_draws_answer(nb, tiny, evidence, monkeypatch)
     assert short_sizes == [3] and long_sizes == [10]
     assert torch.equal(short.pilot.log_w, long.pilot.log_w[:96])
     monkeypatch.setattr(nb, "MIN_PILOT", nb.ess(long.pilot.log_w[: 32 * 6]) - 1e-6)
-    assert answer(320)[1] == [6, 6]
+    assert answer(320)[1] == [6, 12]
 
 
 def test_no_two_parts_of_an_answer_and_no_two_seeds_share_a_draw_or_a_number(nb, config, monkeypatch):

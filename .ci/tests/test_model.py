@@ -70,8 +70,8 @@ def test_counts_and_running_means_equal_their_definitions(model):
 @pytest.mark.parametrize("size", [None, *SIZES])
 def test_a_cache_gives_what_one_pass_gives(nb, model, size):
     """By pixels, by rows, by turns, and on a branch that begins with a row: within 1e-4 in float32 at full size, 1e-10
-    in float64. It would see memory that is stale, of another place or another branch's. The control: another norm is
-    another network."""
+    in float64; a piece out of order is refused. It would see memory that is stale, of another place or another branch's.
+    The control: another norm is another network."""
     network, bound = (strong(nb, *size), 1e-10) if size else (copy.deepcopy(model), 1e-4)
     (height, width), images = network.size, random_images(3, *network.size, network.config.levels)
     half, plain, cache = height // 2, network(images), nb.Cache(network, 3)
@@ -84,6 +84,8 @@ def test_a_cache_gives_what_one_pass_gives(nb, model, size):
         seen = images if branch is cache else other
         found = torch.cat([network(seen, branch, half, column) for column in columns], dim=3)
         assert (found - network(seen)[:, :, half : half + 1]).abs().max() < bound
+    with pytest.raises(ValueError, match="^row, column: expected the piece that begins"):
+        network(images, cache, half)  # once more
     network.blocks[0].norm.weight[:9] *= 2
     assert (nb.cached_logits(network, images, range(height)) - plain).abs().max() > 10 * bound
 

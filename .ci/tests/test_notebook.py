@@ -123,7 +123,7 @@ def test_the_released_run_keeps_its_promises(nb):
     assert weights == apart["weights"] == fingerprints(nb)
     assert set(results) == {name for name, *_ in RESULTS} | set(apart["results"])
     value = {name: entry["value"] for name, entry in results.items()}
-    assert value["test_bits_per_dim"] <= 0.66 and results["test_bits_per_dim"]["n"] == 10_000
+    assert value["test_bits_per_dim"] <= 0.648 and results["test_bits_per_dim"]["n"] == 10_000
     assert value["parameters"] <= 852_160 and value["notebook_minutes"] <= 20
     assert results["calibration_centre_answered"]["n"] >= 100
     assert min(value[f"calibration_centre_place_by_{by}_p"] for by in ("log_p", "log_w")) >= 0.01

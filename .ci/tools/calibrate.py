@@ -4,15 +4,14 @@ usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|t
        python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden centre|top] [--keep NAME]
        python .ci/tools/calibrate.py tops [--folder FOLDER]
        python .ci/tools/calibrate.py hole [--folder FOLDER]
-       python .ci/tools/calibrate.py gain FILE ... --images 640  (an hour of one core for ten files)
 record: `complete` with the budget of two cores; of the draws their weights are kept, and of what is answered those of
 2,048 more, for a bound of log p(known) from above. judge: how many are answered, in which quarters the truth's place
 stands by log p and by log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers'
 Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with eight
-times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. gain: what guides gain over
-the model alone. What is found is kept a file an image, in a folder for these weights, so that the same command goes on
-where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. What --keep, tops and hole find
-goes to apart.json; a published run takes it over.
+times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. What is found is kept a
+file an image, in a folder for these weights, so that the same command goes on where it stopped, and two of them, with
+--part 0/2 and --part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a published run takes
+it over.
 """
 import argparse
 import json
@@ -94,7 +93,8 @@ def record(nb, options):
     model, guide = released(nb)
     images = nb.sample(model, options.images, seed=options.seed)
     for number, path in own_files(options, f"{options.hidden}_{options.seed}", options.images):
-        answer_about(nb, guide, images[number], hidden_mask(options.hidden), options.seed + number, path)
+        seed = options.seed + (number or options.images)  # the seed itself drew the images
+        answer_about(nb, guide, images[number], hidden_mask(options.hidden), seed, path)
 
 
 def tops(nb, options):
@@ -184,27 +184,9 @@ def judge(nb, options):
             keep_apart(nb, name, float(value), stderr and float(stderr), n=n, how=how)
 
 
-@torch.no_grad()
-def gain(nb, options):
-    """log g of the hidden pixels of draws of the model less the model's own log p, in nats; and by how much that is
-    more than the first file's, paired."""
-    model, _ = released(nb)
-    images, first = nb.sample(model, options.images, seed=97), {}
-    alone = nb.pixel_log_probs(model, images)
-    for path in options.files:
-        guide = nb.Guide(model, nb.load_checkpoint(path, "cpu", nb.GuideNetwork))
-        for name in ("top", "left", "centre"):
-            log_g = nb.guide_pixel_log_probs(guide, images, known := hidden_mask(name))
-            gained = (log_g - alone).masked_fill(known, 0).sum(dim=(1, 2))
-            more = gained - first.setdefault(name, gained)
-            print(f"{path}, {name}: " + ", more than the first ".join(
-                "{:.2f} ± {:.2f}".format(*nb.mean_and_error(x)) for x in (gained, more)), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["record", "judge", "tops", "hole", "gain"])
-    parser.add_argument("files", nargs="*", help="of guides, for gain")
+    parser.add_argument("what", choices=["record", "judge", "tops", "hole"])
     parser.add_argument("--folder", type=Path, default="data/calibration")
     parser.add_argument("--hidden", choices=["centre", "top", "left", "disc", "chessboard"], default="centre")
     parser.add_argument("--images", type=int, default=100, help="how many")
@@ -214,7 +196,7 @@ def main():
     options = parser.parse_args()
     nb = definitions()
     options.folder /= fingerprints(nb)["guide.pt"][:8]  # answers of other weights stay apart
-    dict(record=record, judge=judge, tops=tops, hole=hole, gain=gain)[options.what](nb, options)
+    dict(record=record, judge=judge, tops=tops, hole=hole)[options.what](nb, options)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(tops), 1.15], h
                                   top=0.93, bottom=0.08)
 grid = top.subgridspec(len(tops), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
 titles = {0: ("known", "k"), 3: ("       completed by this notebook", BLUE), 8: ("by forward Gibbs", ORANGE)}
-for line, ((image, _), answer) in enumerate(zip(top_cases.values(), tops.values())):
+for line, ((image, *_), answer) in enumerate(zip(top_cases.values(), tops.values())):
     verdict = answer.status.replace("not converged", "refused")
     _, *shown = completed(image, bottom_known, answer.draws, verdict == "refused")
     shown += [tinted(x, bottom_known) for x in sample(model, 3, image=image, known=bottom_known, seed=513)]
