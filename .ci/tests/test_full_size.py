@@ -81,7 +81,7 @@ def z_of(log_probs, draws, weights=None):
 def test_complete_meets_the_enumeration_of_one_pixel(nb, guide, mnist):
     """All 256 levels, by E: log Z within 5 standard errors, the draws within 0.15 in total variation. The controls: a
     log Z that is 0.4 nats less; the draws without their weights."""
-    image, pixel = mnist[1][11], (20, 14)  # at a stroke's edge: 1.6 nats of doubt, and the guide is 0.33 off (total variation)
+    image, pixel = mnist[1][11], (20, 14)  # at a stroke's edge: 1.6 nats of doubt, and the guide is 0.33 off
     known = torch.ones(28, 28, dtype=torch.bool)
     known[pixel] = False
     probs = nb.conditional_given_rest(guide.model, image, pixel)

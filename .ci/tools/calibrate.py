@@ -105,10 +105,12 @@ def tops(nb, options):
             answer_about(nb, guide, images[number], hidden_mask("top"), 13 + number, path, times * BUDGET)
         cases = [torch.load(path, weights_only=True) for path in options.folder.glob(f"tops_{times}_*.pt")]
         passed = sum(case["status"] == "converged" for case in cases)
+        tried = sum(case["found"] is not None for case in cases)
         print(f"{passed} of {len(cases)} answered with at most {times * BUDGET:,} draws in the pilot")
         if len(cases) == 20:
-            keep_apart(nb, f"question_g_converged_of_20_at_{times}_budgets", passed, n=20,
-                       how=f"the first twenty test images, at most {times * BUDGET} draws in the pilot")
+            how = f"the first twenty test images, at most {times * BUDGET} draws in the pilot"
+            keep_apart(nb, f"question_g_converged_of_20_at_{times}_budgets", passed, n=20, how=how)
+            keep_apart(nb, f"question_g_pilots_passed_of_20_at_{times}_budgets", tried, n=20, how=how)
 
 
 def hole(nb, options):
@@ -165,11 +167,15 @@ def judgement(cases):
     bounds, errors = np.array([bound_from_above(case) for case in given]).T
     stderrs, log_evidences = np.array([[case["stderr"], case["log_evidence"]] for case in given]).T
     gaps = bounds - log_evidences
-    share = np.mean(gaps <= 1.96 * np.hypot(stderrs, errors))
-    found["bound_reached_share"] = (share, (share * (1 - share) / n) ** 0.5, n,
-                                    "log_evidence reaches the bound from above within 1.96 of both errors")
+    for by, error in (("", np.hypot(stderrs, errors)), ("_by_stated_errors", stderrs)):
+        share = np.mean(gaps <= 1.96 * error)
+        found[f"bound_reached{by}_share"] = (share, (share * (1 - share) / n) ** 0.5, n,
+                                             f"log_evidence + 1.96 errors{' of both' * (not by)} reach the bound")
+    outweighs = [case["log_w"] > case["more"].logsumexp(0).item() for case in given]
+    found["truths_that_outweigh_all"] = (sum(outweighs), None, n, "the truth's weight is above the sum of 2,048 draws'")
     k_hats = [float(arviz.psislw(case["found"]["log_w"].numpy())[1]) for case in given]
     found["median_k_hat"] = (np.median(k_hats), None, n, "Pareto k-hat of the answers' weights")
+    found["k_hats_above_0_7"] = (int(np.sum(np.array(k_hats) > 0.7)), None, n, "Pareto k-hat of the answers' weights")
     found["widest_gap_nats"] = (gaps.max(), None, n, "bound from above minus log_evidence")
     found["median_stderr_nats"] = (np.median(stderrs), None, n, "of log_evidence")
     return found
