@@ -48,8 +48,11 @@ def test_sound_files_are_read_and_a_damaged_one_is_replaced(nb, mnist, dead, tmp
         nb.load_mnist(tmp_path)
     left = {*raw.glob("*")}
     aside.rename(served)
+    assert not (tmp_path / "download").exists()  # nothing stays of a download that failed
+    killed = tmp_path / "download" / "MNIST" / "raw"
+    killed.mkdir(parents=True)
     for file in served.iterdir():
-        (tmp_path / "download" / "MNIST" / "raw" / file.name).touch()  # all there, as of a run that was killed
+        (killed / file.name).touch()  # all there, as of a run that was killed
     assert all(map(torch.equal, nb.load_mnist(tmp_path), mnist)) and path.read_bytes() == sound
     assert left == {*raw.iterdir()}
 

@@ -28,7 +28,7 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     *(("images", lambda nb, model, x=x: nb.log_prob(model, x)) for x in (
         torch.zeros(1, 3, 3), IMAGE, TWO[:, :2], torch.full((1, 3, 3), 300), KNOWN[None], TWO.tolist())),
     *((name, lambda nb, model, x=x, y=y: nb.train(nb.tiny_model().requires_grad_(), x, y, nb.MODEL_RECIPE, "no/x.pt"))
-      for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4))),
+      for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4), ("validation", TWO, TWO[:0]))),
     ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
     ("image", lambda nb, model: nb.sample(model, 3, image=IMAGE + 3, known=KNOWN)),
     *(("known", lambda nb, model, k=k: nb.sample(model, 3, image=IMAGE, known=k)) for k in (
@@ -56,7 +56,9 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     ("rows, columns", lambda nb, model: nb.all_but(10, 10, 3, 9)),
     ("batch_size", lambda nb, model: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=3))),
     ("digits", lambda nb, model: nb.fresh_batches(model, TWO / 2, nb.MODEL_RECIPE)),
-    ("guide", lambda nb, model: nb.complete(model, IMAGE, KNOWN, guide=nb.Guide(nb.tiny_model()))),
+    *(("guide", lambda nb, model, guide=guide: nb.complete(model, IMAGE, KNOWN, guide=guide(nb, model))) for guide in (
+        lambda nb, model: nb.Guide(nb.tiny_model()), lambda nb, model: model)),
+    ("known(?=: .* ndarray)", lambda nb, model: nb.complete(model, IMAGE, KNOWN.numpy())),
     *(("pixel", lambda nb, model, ask=ask: getattr(nb, ask)(model, IMAGE, (3, 0))) for ask in (
         "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
     *(("pixel", lambda nb, model, pixel=pixel: nb.marginal(model, pixel)) for pixel in ((0, -1), (1.5, 2), (1,), 1)),
@@ -72,6 +74,7 @@ def test_wrong_arguments_are_refused_by_name(nb, tiny, monkeypatch, name, call):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"^{name}: "):
         call(nb, tiny)
+    assert nb.pick_device(torch.device("cpu")) == nb.pick_device("auto")  # the control: what is right passes
 
 
 def in_a_process(function, *arguments):

@@ -46,7 +46,7 @@ def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence):
 def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, monkeypatch):
     """40 answers: their mean within 5.9 of its standard errors (the control: C, which knows the other side); their own
     errors, without the floor, are as large in the mean square as they say. At the first pixel D is E, at the last B."""
-    monkeypatch.setattr(nb, "least_error", lambda found: 0.0)
+    monkeypatch.setattr(nb, "LEAST_ERROR", 0.0)
     exact = exact_pixel(nb, table, evidence[5], PLACE > 5, 5)
     answers = [nb.conditional_given_future(tiny, evidence[5], (1, 2), most=512, seed=seed) for seed in range(40)]
     assert {answer.status for answer in answers} == {"converged"}
@@ -61,7 +61,7 @@ def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, mon
 
 
 @pytest.mark.parametrize("known, status", [
-    (PLACE != 4, "exact"), (PLACE < 3, "sampled"), (known_mask(1, 3, 4, 6), "converged"), (PLACE > 6, "converged")])
+    (PLACE != 4, "exact"), (PLACE < 4, "exact"), (PLACE < 3, "sampled"), (known_mask(1, 3, 4, 6), "converged"), (PLACE > 6, "converged")])
 def test_a_pixel_given_any_others_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, known, status):
     """40 answers about the middle pixel: their mean within 5.9 of its standard errors; those of independent draws state
     errors as large in the mean square as they are. It would see a mask read in another order, and an error of one draw
@@ -72,7 +72,8 @@ def test_a_pixel_given_any_others_agrees_with_the_table_within_its_error(nb, tin
     probs = torch.stack([answer.probs for answer in answers])
     bound = t_bound(40) * probs.std(dim=0) / 40**0.5 + 1e-10
     assert ((probs.mean(dim=0) - exact).abs() < bound).all()
-    assert ((nb.conditional_given_past(tiny, evidence[5], (1, 1)) - exact).abs() > bound).any()
+    past = (nb.conditional_given_past(tiny, evidence[5], (1, 1)) - exact).abs()
+    assert (past > bound).any() != torch.equal(known, PLACE < 4)
     if status == "sampled":
         stderr = torch.stack([answer.stderr for answer in answers])
         assert 0.4 < (probs - exact).square().mean() / stderr.square().mean() < 2
@@ -172,11 +173,11 @@ def test_what_is_not_converged_has_no_error_bar(nb, tiny, evidence, monkeypatch,
 
 
 @pytest.mark.parametrize("effective, stderr", [
-    (256, 2 / 20), (64, (1 / 64 - 1 / 256) ** 0.5), (12, (1 / 12 - 1 / 256) ** 0.5), (8, None)])
-def test_the_error_of_log_z_is_that_of_weighted_draws_and_never_less_than_two_in_n(
+    (256, 0.1), (64, (1 / 64 - 1 / 256) ** 0.5), (12, (1 / 12 - 1 / 256) ** 0.5), (8, None)])
+def test_the_error_of_log_z_is_that_of_weighted_draws_and_never_less_than_a_tenth(
         nb, tiny, evidence, monkeypatch, effective, stderr):
     """Exact numbers: of 256 draws `effective` have equal weights, the others 0; those of the pilot must not matter. It
-    would see any other formula; the floor is 2 / N, N the effective draws, at most 20."""
+    would see any other formula; no error is below 0.1."""
     draw, batch = nb.weighted_draws, itertools.count()
 
     def given(guide, image, known, n, seed):
@@ -189,7 +190,7 @@ def test_the_error_of_log_z_is_that_of_weighted_draws_and_never_less_than_two_in
     error = answer.log_evidence_stderr
     assert error is None if stderr is None else abs(error - stderr) < 1e-9
     error = nb.conditional_given_future(tiny, evidence[1], (1, 1), most=128).stderr
-    assert error is None if stderr is None else (error > 2 / min(20, effective) - 1e-9).all()
+    assert error is None if stderr is None else (error >= 0.1).all()
 
 
 @pytest.mark.parametrize("hidden", [(0, 1, 2), (5, 6, 7, 8), (0, 4)])

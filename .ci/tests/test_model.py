@@ -2,6 +2,7 @@
 network: it starts as the model, reads what is known and nothing else, and learns."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -226,3 +227,13 @@ def test_training_teaches_a_guide_the_evidence(nb, tiny, table, evidence, tmp_pa
         divergence += (posterior * (posterior.log() - log_g)).sum(dim=1)
     assert divergence[1] < 0.5 * divergence[0]
     assert same(nb.load_checkpoint(path, "cpu", nb.GuideNetwork), trained)
+
+
+def test_bits_are_nats_a_pixel_over_log_2(nb, tiny, evidence):
+    """It would see nats called bits, and a sum called a mean. (A model that guesses evenly among three levels costs
+    log2 3.)"""
+    assert torch.allclose(nb.bits_per_dim(tiny, evidence), nb.log_prob(tiny, evidence) / (-9 * math.log(2)))
+    even = copy.deepcopy(tiny)
+    even.head.weight.zero_()
+    even.head.bias.zero_()
+    assert (nb.bits_per_dim(even, evidence) - math.log2(3)).abs().max() < 1e-12

@@ -143,7 +143,7 @@ def test_a_guides_training_goes_on_for_no_other_model_or_data_nor_without_a_batc
     torch.nn.init.ones_(other.head.bias)
     with pytest.raises(ValueError, match="guide.pt.state: of another network"):
         train(nb, nb.starting_guide(other, (1,)), images, recipe, path)
-    with pytest.raises(ValueError, match="guide.pt.state: of another network, recipe or data"):
+    with pytest.raises(ValueError, match="guide.pt.state: of another network, recipe or validation set"):
         train(nb, network((1,)), images.flip(1), recipe, path)
     assert not path.exists() and train(nb, network((1,)), images, recipe, path)
     with pytest.raises(ValueError, match="recipe: expected images for at least one batch"):

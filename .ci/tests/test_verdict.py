@@ -38,7 +38,7 @@ def outcomes(nb, cases, seed, size):
             off = abs(answer.log_evidence - log_evidence)
             means_off = (drawn.log_w.softmax(0) @ drawn.draws[:, ~known].double() - exact).abs().max().item()
             spread = max(1 / nb.ess(drawn.log_w) - 1 / len(drawn.log_w), 0) ** 0.5
-            errors = max(spread, nb.least_error(drawn)), spread
+            errors = max(spread, nb.LEAST_ERROR), spread
             wrong = [off > 1 or off > 4 * error or means_off > 4 * 2 * error for error in errors]
             found.append((answer.status != "converged", *wrong))
     return found
@@ -50,7 +50,7 @@ def test_right_answers_are_given_and_wrong_ones_are_few(nb, cases, monkeypatch):
     level by more than 4 errors times 2, by which levels can differ. Of batches of 256 at most 10 % of the right ones
     are refused, and at most 3 % of what is answered is wrong; with the starved ones at most 5 %.
 
-    The control: by the draws' spread alone, without the floor 2 / N, over 5 % are wrong."""
+    The control: by the draws' spread alone, without the least error of 0.1, over 5 % are wrong."""
     monkeypatch.setattr(nb, "redraw", lambda guide, images, *_: images)  # the draws are not looked at
     by_size = {}
     for size in (256, 16, 8, 4):

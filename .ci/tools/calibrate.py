@@ -1,14 +1,16 @@
 """Is what passes true, at full size? Answers about images that the model drew, recorded one by one and judged together.
 
-usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden centre|top] [--images 100] [--seed 7001]
-       python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden centre|top] [--keep NAME]
+usage: python .ci/tools/calibrate.py record [--folder FOLDER] [--hidden MASK] [--images 100] [--seed 7001]
+       python .ci/tools/calibrate.py judge [--folder FOLDER] [--hidden MASK] [--keep NAME]
        python .ci/tools/calibrate.py tops [--folder FOLDER]
        python .ci/tools/calibrate.py hole [--folder FOLDER]
+       python .ci/tools/calibrate.py centre_73
 record: `complete` with the budget of two cores; of the draws their weights are kept, and of what is answered those of
 2,048 more, for a bound of log p(known) from above. judge: how many are answered, in which quarters the truth's place
 stands by log p and by log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers'
 Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with eight
-times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. What is found is kept a
+times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. centre_73: by blocks, beside weighted
+draws. MASK is centre, top, disc or chessboard. What is found is kept a
 file an image, in a folder for these weights, so that the same command goes on where it stopped, and two of them, with
 --part 0/2 and --part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a published run takes
 it over.
@@ -58,7 +60,7 @@ def fingerprints(nb):
 
 def hidden_mask(name):
     row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
-    hidden = dict(centre=(row >= 10) & (row < 18) & (column >= 10) & (column < 18), top=row < 14, left=column < 14,
+    hidden = dict(centre=(row >= 10) & (row < 18) & (column >= 10) & (column < 18), top=row < 14,
                   disc=(row - 13.5) ** 2 + (column - 13.5) ** 2 < 7**2,  # this and the next no guide was trained on
                   chessboard=(row // 4 + column // 4) % 2 == 0,
                   hole=(row // 2 == 11) & (column // 2 == 5))  # at the foot of a stroke of test image 2
@@ -126,16 +128,30 @@ def hole(nb, options):
         states = torch.cat([states, more[1:]])
         nb.save_atomically(states, path)
         print(f"{len(states) - 1} sweeps", flush=True)
-    log_p, ink = nb.watch(model, states[20:], known)  # [states, chains]
     answer = nb.complete(model, image, known, 1, guide, BUDGET, seed=3)
-    given = answer.found or answer.pilot
-    weights, found = given.log_w.softmax(0), given.draws[:, ~known].double().mean(dim=1)
-    mean = weights @ found
-    how = "mean level of 2x2 hidden pixels of test image 2"
-    keep_apart(nb, "hole_mean_level_by_gibbs", ink.mean().item(), float(arviz.mcse(ink.T.numpy())), n=ink.numel(), how=how)
-    keep_apart(nb, "hole_mean_level_by_complete", mean.item(), (weights**2 @ (found - mean) ** 2).sqrt().item(),
-               n=len(found), how=f"{how}, {answer.status}")
-    keep_apart(nb, "hole_r_hat", max(nb.r_hat(ink), nb.r_hat(log_p)), n=ink.numel(), how="the larger of mean level's, log p's")
+    keep_both(nb, "hole", known, states[20:], answer.found or answer.pilot,
+              "mean level of 2x2 hidden pixels of test image 2")
+
+
+def centre_73(nb, options):
+    """Section 9.6's question, longer: eight chains of 40 sweeps by blocks, 12,288 weighted draws."""
+    model, guide = released(nb)
+    image, known = nb.load_mnist(ROOT / "data")[1][73], hidden_mask("centre")
+    states = nb.gibbs(model, image, known, 40, 8, guide=guide, seed=73)
+    found = nb.weighted_draws(guide, image, known, 12_288, seed=73)
+    keep_both(nb, "centre_73", known, states[4:], found, "mean level of the centre of test image 73")
+
+
+def keep_both(nb, name, known, states, found, how):
+    """A mean level by chains, [states, chains, h, w], and by weighted draws."""
+    model, _ = released(nb)
+    log_p, ink = nb.watch(model, states, known)  # [states, chains]
+    keep_apart(nb, f"{name}_mean_level_by_gibbs", ink.mean().item(), float(arviz.mcse(ink.T.numpy())), n=ink.numel(),
+               how=how)
+    mean, error = nb.weighted_mean(found, nb.ink_of(found.draws, known))
+    keep_apart(nb, f"{name}_mean_level_by_complete", mean.item(), error.item(), n=len(found.draws), how=how)
+    keep_apart(nb, f"{name}_r_hat", max(nb.r_hat(ink), nb.r_hat(log_p)), n=ink.numel(),
+               how="the larger of mean level's, log p's")
 
 
 def place_of(truth, values, log_w, uniform):
@@ -167,10 +183,10 @@ def judgement(cases):
     bounds, errors = np.array([bound_from_above(case) for case in given]).T
     stderrs, log_evidences = np.array([[case["stderr"], case["log_evidence"]] for case in given]).T
     gaps = bounds - log_evidences
-    for by, error in (("", np.hypot(stderrs, errors)), ("_by_stated_errors", stderrs)):
+    for name, error, whose in (("bound_reached_share", np.hypot(stderrs, errors), "errors of both"),
+                               ("bound_reached_by_stated_errors_share", stderrs, "errors")):
         share = np.mean(gaps <= 1.96 * error)
-        found[f"bound_reached{by}_share"] = (share, (share * (1 - share) / n) ** 0.5, n,
-                                             f"log_evidence + 1.96 errors{' of both' * (not by)} reach the bound")
+        found[name] = (share, (share * (1 - share) / n) ** 0.5, n, f"log_evidence + 1.96 {whose} reach the bound")
     outweighs = [case["log_w"] > case["more"].logsumexp(0).item() for case in given]
     found["truths_that_outweigh_all"] = (sum(outweighs), None, n, "the truth's weight is above the sum of 2,048 draws'")
     k_hats = [float(arviz.psislw(case["found"]["log_w"].numpy())[1]) for case in given]
@@ -192,9 +208,9 @@ def judge(nb, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["record", "judge", "tops", "hole"])
+    parser.add_argument("what", choices=["record", "judge", "tops", "hole", "centre_73"])
     parser.add_argument("--folder", type=Path, default="data/calibration")
-    parser.add_argument("--hidden", choices=["centre", "top", "left", "disc", "chessboard"], default="centre")
+    parser.add_argument("--hidden", choices=["centre", "top", "disc", "chessboard"], default="centre")
     parser.add_argument("--images", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, default=7001)
     parser.add_argument("--part", default="0/1", help="which of how many parts of the images")
@@ -202,7 +218,7 @@ def main():
     options = parser.parse_args()
     nb = definitions()
     options.folder /= fingerprints(nb)["guide.pt"][:8]  # answers of other weights stay apart
-    dict(record=record, judge=judge, tops=tops, hole=hole)[options.what](nb, options)
+    dict(record=record, judge=judge, tops=tops, hole=hole, centre_73=centre_73)[options.what](nb, options)
 
 
 if __name__ == "__main__":
