@@ -9,11 +9,11 @@ record: `complete` with the budget of two cores; of the draws their weights are 
 2,048 more, for a bound of log p(known) from above. judge: how many are answered, in which quarters the truth's place
 stands by log p and by log p/g, how often log p(known) reaches the bound within 1.96 of both errors, and the answers'
 Pareto k-hat. tops: of how many of the first twenty test images the top is answered, with that budget and with eight
-times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. centre_73: by blocks, beside weighted
-draws. MASK is centre, top, disc or chessboard. What is found is kept a
-file an image, in a folder for these weights, so that the same command goes on where it stopped, and two of them, with
---part 0/2 and --part 1/2, share the images. What --keep, tops and hole find goes to apart.json; a published run takes
-it over.
+times as much. hole: two hundred sweeps of Gibbs sampling pixel by pixel, beside `complete`. centre_73: by blocks,
+beside weighted draws. MASK is centre, top, disc or chessboard.
+What is found is kept a file an image, in a folder for these weights, so that the same command goes on where it stopped,
+and two of them, with --part 0/2 and --part 1/2, share the images. What --keep, tops, hole and centre_73 find goes to
+apart.json; a published run takes it over.
 """
 import argparse
 import json
@@ -129,7 +129,7 @@ def hole(nb, options):
         nb.save_atomically(states, path)
         print(f"{len(states) - 1} sweeps", flush=True)
     answer = nb.complete(model, image, known, 1, guide, BUDGET, seed=3)
-    keep_both(nb, "hole", known, states[20:], answer.found or answer.pilot,
+    keep_both(nb, "hole", model, known, states[20:], answer.found or answer.pilot,
               "mean level of 2x2 hidden pixels of test image 2")
 
 
@@ -139,16 +139,15 @@ def centre_73(nb, options):
     image, known = nb.load_mnist(ROOT / "data")[1][73], hidden_mask("centre")
     states = nb.gibbs(model, image, known, 40, 8, guide=guide, seed=73)
     found = nb.weighted_draws(guide, image, known, 12_288, seed=73)
-    keep_both(nb, "centre_73", known, states[4:], found, "mean level of the centre of test image 73")
+    keep_both(nb, "centre_73", model, known, states[4:], found, "mean level of the centre of test image 73")
 
 
-def keep_both(nb, name, known, states, found, how):
+def keep_both(nb, name, model, known, states, found, how):
     """A mean level by chains, [states, chains, h, w], and by weighted draws."""
-    model, _ = released(nb)
     log_p, ink = nb.watch(model, states, known)  # [states, chains]
     keep_apart(nb, f"{name}_mean_level_by_gibbs", ink.mean().item(), float(arviz.mcse(ink.T.numpy())), n=ink.numel(),
                how=how)
-    mean, error = nb.weighted_mean(found, nb.ink_of(found.draws, known))
+    mean, error = nb.weighted_ink(found, known)
     keep_apart(nb, f"{name}_mean_level_by_complete", mean.item(), error.item(), n=len(found.draws), how=how)
     keep_apart(nb, f"{name}_r_hat", max(nb.r_hat(ink), nb.r_hat(log_p)), n=ink.numel(),
                how="the larger of mean level's, log p's")

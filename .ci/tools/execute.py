@@ -125,7 +125,7 @@ def main():
     if options.publish:
         shutil.rmtree(folder / "run", ignore_errors=True)
         notebook.cells += last_cells()
-    client = Telling(notebook, resources={"metadata": {"path": str(folder.resolve())}})
+    client = Telling(notebook, record_timing=False, resources={"metadata": {"path": str(folder.resolve())}})
 
     def keep():
         kept = copy.deepcopy(notebook)
