@@ -28,7 +28,8 @@ CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,)
     *(("images", lambda nb, model, x=x: nb.log_prob(model, x)) for x in (
         torch.zeros(1, 3, 3), IMAGE, TWO[:, :2], torch.full((1, 3, 3), 300), KNOWN[None], TWO.tolist())),
     *((name, lambda nb, model, x=x, y=y: nb.train(nb.tiny_model().requires_grad_(), x, y, nb.MODEL_RECIPE, "no/x.pt"))
-      for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4), ("validation", TWO, TWO[:0]))),
+      for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4),
+                         ("validation", TWO, TWO[:0]))),
     ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
     ("image", lambda nb, model: nb.sample(model, 3, image=IMAGE + 3, known=KNOWN)),
     *(("known", lambda nb, model, k=k: nb.sample(model, 3, image=IMAGE, known=k)) for k in (
@@ -74,7 +75,11 @@ def test_wrong_arguments_are_refused_by_name(nb, tiny, monkeypatch, name, call):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"^{name}: "):
         call(nb, tiny)
-    assert nb.pick_device(torch.device("cpu")) == nb.pick_device("auto")  # the control: what is right passes
+
+
+def test_a_torch_device_names_a_device(nb):
+    """It would see a device refused that is one of those named."""
+    assert nb.pick_device(torch.device("cpu")) == nb.pick_device("cpu") == torch.device("cpu")
 
 
 def in_a_process(function, *arguments):

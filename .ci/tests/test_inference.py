@@ -61,7 +61,8 @@ def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, mon
 
 
 @pytest.mark.parametrize("known, status", [
-    (PLACE != 4, "exact"), (PLACE < 4, "exact"), (PLACE < 3, "sampled"), (known_mask(1, 3, 4, 6), "converged"), (PLACE > 6, "converged")])
+    (PLACE != 4, "exact"), (PLACE < 4, "exact"), (PLACE < 3, "sampled"), (known_mask(1, 3, 4, 6), "converged"),
+    (PLACE > 6, "converged")])
 def test_a_pixel_given_any_others_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, known, status):
     """40 answers about the middle pixel: their mean within 5.9 of its standard errors; those of independent draws state
     errors as large in the mean square as they are. It would see a mask read in another order, and an error of one draw

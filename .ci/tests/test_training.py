@@ -241,6 +241,7 @@ def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, recipe)
     (lambda saved, mark: saved["weights"]["head.bias"].fill_(math.nan), "finite"),
     (lambda saved, mark: saved["config"].update(channels=12), "size mismatch"),
     (lambda saved, mark: saved["config"].update(colour=1), "colour"),
+    (lambda saved, mark: saved.update(history="none"), "history that is no list"),
     (lambda saved, mark: saved.update(history=Payload(mark)), "io.open"),
     (None, "expected config, weights and history of a PixelCNN")])
 def test_damaged_and_wrong_checkpoints_are_refused_by_name(nb, network, tmp_path, edit, word):
