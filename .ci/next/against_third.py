@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 saved = torch.load("checkpoints/guide.pt", weights_only=True)
 del saved["weights"]["made_for"]
-saved["weights"]["powers"] = saved["weights"]["powers"].double().expm1().log().float()
+saved["weights"]["powers"] = (saved["weights"]["powers"].double() * 2 * new.BIT).expm1().log().float()
 new.save_atomically(saved, folder / "guide.pt")
 old_model, model = (nb.load_checkpoint("checkpoints/pixelcnn.pt", "cpu") for nb in (old, new))
 old_guide = old.Guide(old_model, old.load_checkpoint("checkpoints/guide.pt", "cpu", old.GuideNetwork))
