@@ -47,19 +47,19 @@ def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, pix
         assert ((nb.given_past(tiny, evidence[:1], divmod(pixel, 3))[0] - exact).abs() > MANY * error).any()
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("known, pixel", [
-    (PLACE > 5, 5), (known_mask(1, 3, 4, 6), 4), (PLACE > 6, 4), (PLACE < 3, 4), (PLACE != 4, 4)],
-    ids=["D", "four", "D early", "sampled", "E"])
+@pytest.mark.parametrize("known, pixel, learned", [
+    (PLACE > 5, 5, False), (PLACE > 5, 5, True), (known_mask(1, 3, 4, 6), 4, True), (PLACE < 3, 4, False),
+    (PLACE != 4, 4, False)], ids=["D", "D by a guide", "some", "a prefix", "E"])
 def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, known, pixel, learned):
-    """40 answers: their mean within 5.9 of its standard errors (the control: the pixel given its past alone); as large
-    in the mean square as they say they are off. It would see a mask read in another order, picks without weights, and an
-    error of the picks or of the draws alone. Where one pixel is hidden all picks say the same: D is E."""
+    """40 answers, whatever their status: their mean within 5.9 of its standard errors (the control: the pixel given its
+    past alone); in the mean square they are off as much as they say. It would see a mask read in another order, picks
+    without weights, an error of the draws alone, and the status of other draws. With one pixel hidden D is E."""
     exact, place = exact_pixel(nb, table, evidence[5], known, pixel), divmod(pixel, 3)
     guide = either_guide(nb, tiny, learned)
     answers = [nb.conditional(tiny, evidence[5], known, place, 512, guide, seed) for seed in range(40)]
     probs, errors, status = zip(*answers)
-    assert set(status) == {"converged"}
+    assert [nb.complete(tiny, evidence[5], known, 512, guide, seed).status for seed in range(40)] == [*status]
+    assert learned == (len(set(status)) > 1)
     probs, errors = torch.stack(probs), torch.stack(errors)
     bound = t_bound(40) * probs.std(dim=0) / 40**0.5 + 1e-10
     assert ((probs.mean(dim=0) - exact).abs() < bound).all()
@@ -74,8 +74,8 @@ def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, kno
 def test_any_mask_is_completed_and_log_z_and_the_mean_are_those_of_the_table(nb, tiny, table, learned):
     """47 masks (with a meaningless guide 11), all pixels and none among them: log Z within 1e-10 where no known pixel
     follows a hidden one, else within 5 stated errors, and so the mean of the hidden pixels' levels times 1, 2, 3 ...;
-    known pixels stay. It would see a mask that is turned or read in another order. The control: weights without g, of
-    which at most a quarter come so near."""
+    known pixels stay. (Whatever the status: k-hat refuses some of these right answers.) It would see a mask that is
+    turned or read in another order. The control: weights without g, of which at most a quarter come so near."""
     guide, near = either_guide(nb, tiny, learned), []
     for number in range(0, 512, 51 if learned else 11):
         known = (number >> PLACE & 1) == 1
@@ -85,7 +85,7 @@ def test_any_mask_is_completed_and_log_z_and_the_mean_are_those_of_the_table(nb,
         assert (answer.draws[:, known] == image[known]).all()
         support, posterior, exact = nb.exact_posterior(*table, image, known)
         (log_z, error), exact_draws = answer.log_z, known.flatten().int().diff().max() <= 0
-        assert answer.status == "converged" and abs(log_z - exact) < (1e-10 if exact_draws else 5 * error), number
+        assert abs(log_z - exact) < (1e-10 if exact_draws else 5 * error), number
         values, listed = (x[:, ~known].double() @ torch.arange(1.0, 1 + (~known).sum()).double()
                           for x in (answer.draws, support))
         mean, mean_error = answer.mean(values)
@@ -97,12 +97,12 @@ def test_any_mask_is_completed_and_log_z_and_the_mean_are_those_of_the_table(nb,
 
 @pytest.mark.parametrize("n", [1, 5, 300])
 def test_exact_draws_have_equal_weights_however_many(nb, tiny, evidence, n):
-    """Every prefix, any guide: they are converged, log Z has no error, and they are what `sample` draws. It would see
+    """Every prefix, any guide: they are converged, and what `sample` draws. It would see
     weights that differ by a rounding, of which few are refused. The control: a known pixel after a hidden one."""
     guide = either_guide(nb, tiny, True)
     for last in range(10):
         found = nb.complete(tiny, evidence[1], PLACE < last, n, guide, seed=2)
-        assert found.status == "converged" and found.log_z[1] < 1e-15 and len(found.log_w.unique()) == 1
+        assert found.status == "converged" and len(found.log_w.unique()) == 1
         assert torch.equal(found.draws, nb.sample(tiny, n, image=evidence[1], known=PLACE < last, seed=2))
     assert len(nb.complete(tiny, evidence[1], PLACE != 7, 300).log_w.unique()) > 1
 
@@ -143,22 +143,20 @@ def test_errors_are_those_of_weighted_draws(nb, effective):
     assert (mean - counted.mean(dim=0)).abs().max() < 1e-9 and (error - spread).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_errors_are_as_large_as_they_say(nb, tiny, table, evidence, learned):
-    """Of log Z and of a mean, 200 answers of 256 draws: the mean square of what they are off is within a quarter of what
-    is stated. It would see half an error, or one of draws in place of their mean. The control: the error of as many
-    equal weights, which for a mean is too small."""
-    known, guide, rows = known_mask(0, 1, 3), either_guide(nb, tiny, learned), []
+def test_errors_are_as_large_as_they_say(nb, tiny, table, evidence):
+    """Of log Z and of a mean level, 100 answers of 256 draws: in the mean square they are off as much as they say, by a
+    factor of 0.4 to 2. The control: the spread of one weight, and the error of a mean without weights."""
+    known, rows = known_mask(0, 1, 3), []
     support, posterior, exact = nb.exact_posterior(*table, evidence[2], known)
     exact_mean = posterior @ nb.ink_of(support, known)
-    for seed in range(200):
-        found = nb.complete(tiny, evidence[2], known, 256, guide, seed)
+    for seed in range(100):
+        found = nb.complete(tiny, evidence[2], known, 256, seed=seed)
         values = nb.ink_of(found.draws, known)
         (log_z, error), (mean, mean_error) = found.log_z, found.mean(values)
-        rows.append([log_z - exact, error, mean - exact_mean, mean_error, values.std() / 256**0.5])
-    off, error, mean_off, mean_error, equal = torch.tensor(rows, dtype=torch.float64).square().mean(dim=0)
-    print(off / error, mean_off / mean_error, mean_off / equal)
-    assert 0.75 < off / error < 1.25 and 0.75 < mean_off / mean_error < 1.25 < mean_off / equal
+        rows.append([log_z - exact, mean - exact_mean, error, mean_error, 16 * error, values.std() / 16])
+    off, stated, wrong = torch.tensor(rows, dtype=torch.float64).square().mean(dim=0).split(2)
+    assert ((0.4 < off / stated) & (off / stated < 2)).all()
+    assert not ((0.4 < off / wrong) & (off / wrong < 2)).any(), off / wrong
 
 
 @pytest.mark.parametrize("n", [25, 100, 1000, 4000])
@@ -170,8 +168,9 @@ def test_k_hat_is_arvizs(nb, n, tail):
     log_w = 700 + dict(normal=numbers.normal(size=n) * 2, t=numbers.standard_t(3, n), bounded=numbers.random(n),
                        Pareto=0.8 * numbers.exponential(size=n))[tail]
     found = weighted(nb, log_w).k_hat
-    assert abs(found - arviz.psislw(log_w)[1]) < 1e-6
-    assert n < 225 or abs(found - arviz.psislw(log_w, reff=0.25)[1]) > 1e-3  # 3 sqrt(n / reff), if below n / 5
+    with np.errstate(over="ignore"):  # inside arviz
+        right, other = (arviz.psislw(log_w, reff)[1] for reff in (1, 0.25))  # 3 sqrt(n / reff), if below n / 5
+    assert abs(found - right) < 1e-6 and (n < 225 or abs(found - other) > 1e-3)
 
 
 def pareto(k, n):
