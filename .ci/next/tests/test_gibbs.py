@@ -36,9 +36,9 @@ def test_chains_have_mixed_only_where_they_move_and_agree(nb):
 
 @pytest.mark.parametrize("how", ["pixels", "model", "guide"])
 def test_chains_reach_the_table_from_anywhere(nb, tiny, table, evidence, how):
-    """Eight chains from the least probable completion, 150 sweeps, the first ten left out: within 0.1 in total variation
-    of the table, and R-hat says so; known pixels and the start stay, and a seed is a chain. The controls: forward draws
-    are further away, another seed."""
+    """Eight chains from the least probable completion, 150 sweeps, the first ten left out: within 0.1 in total
+    variation of the table, and R-hat says so; known pixels and the start stay, and a seed is a chain. The controls:
+    forward draws are further away, and another seed."""
     support, posterior, _ = nb.exact_posterior(*table, evidence[2], KNOWN)
     start = support[posterior.argmin()].repeat(8, 1, 1)
     sweep = (partial(nb.sweep_by_pixels, tiny, KNOWN) if how == "pixels" else

@@ -193,41 +193,46 @@ def compare(call):
 
 
 def trained(recipe, *devices):
-    """Weights of a training that is stopped in step 13 on each device but the last, as they are and as loaded."""
-    seen = []
+    """Weights of a training that is stopped in step 13 on each device but the last, and the precisions of its steps."""
+    steps, precisions = [], set()
+
+    def loss(network, images):
+        if torch.is_grad_enabled():
+            half = torch.is_autocast_enabled(device)
+            precisions.add(torch.get_autocast_dtype(device) if half else torch.float32)
+        return nb.model_loss(network, images)
+
+    def batches(step):
+        if step == 13 and device != devices[-1]:
+            raise StopIteration
+        steps.append(step)
+        return make(step)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         for device in devices:
             torch.manual_seed(1)
             start = nb.PixelCNN(CONFIG).to(device)
             make = nb.image_batches(start, IMAGES, recipe)
-
-            def batches(step):
-                if step == 13 and device != devices[-1]:
-                    raise StopIteration
-                seen.append(step)
-                return make(step)
-
             with contextlib.suppress(StopIteration):
-                model = nb.train(start, nb.model_loss, batches, [IMAGES[:20]], recipe, path, save_seconds=0)
-        assert seen == [*range(40)], "it did not go on"
+                model = nb.train(start, loss, batches, [IMAGES[:20]], recipe, path, save_seconds=0)
         loaded = nb.load_checkpoint(path)
-        assert loaded.device.type == "cuda"  # "auto"
-        weights, again = (torch.cat([p.cpu().flatten() for p in x.parameters()]) for x in (model, loaded))
-    assert torch.equal(weights, again), "another file"
-    return weights
+    assert steps == [*range(40)], "it did not go on"
+    weights, again = (torch.cat([p.cpu().flatten() for p in x.parameters()]) for x in (model, loaded))
+    assert loaded.device.type == "cuda" and torch.equal(weights, again), "another file"  # "auto" is the card
+    return weights, precisions
 
 
 def training():
-    """In float16 with its scaler, close to float32 on a CPU; also if it is stopped and goes on on the other device,
-    in the precision in which it began."""
-    assert nb.training_dtype(RECIPE, torch.device("cuda")) == torch.float16
-    plain, half = trained(RECIPE, "cpu"), replace(RECIPE, dtype="float16")
-    for recipe, *devices in ((RECIPE, "cuda"), (RECIPE, "cuda", "cpu"), (RECIPE, "cpu", "cuda"), (half, "cpu", "cuda"),
-                             (half, "cuda", "cpu")):
-        off = (trained(recipe, *devices) - plain).abs().mean() / plain.abs().mean()
-        least, most = (0, 1e-5) if recipe is RECIPE and devices[0] == "cpu" else (1e-5, 0.05)
-        assert least <= off < most, f"{devices}, {recipe.dtype}: {off:.2g} away"
+    """In float16 with its scaler, close to float32 on a CPU; if it is stopped it goes on on the other device, in the
+    precision in which it began."""
+    (plain, precisions), half = trained(RECIPE, "cpu"), replace(RECIPE, dtype="float16")
+    assert precisions == {torch.float32}
+    for recipe, *devices in ((RECIPE, "cuda"), (RECIPE, "cuda", "cpu"), (RECIPE, "cpu", "cuda"), (half, "cpu", "cuda")):
+        found, precisions = trained(recipe, *devices)
+        expected = torch.float32 if recipe is RECIPE and devices[0] == "cpu" else torch.float16
+        off = (found - plain).abs().mean() / plain.abs().mean()
+        assert 0 < off < 0.05 and precisions == {expected}, f"{devices}, {precisions}: {off:.2g} away"
 
 
 failed = False
