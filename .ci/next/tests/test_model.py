@@ -24,7 +24,6 @@ def model(nb):
 def guide_log_probs(model, guide, images, known, a=0.7, b=0.6):
     """log g of each pixel, 0 where known, by its definition: p^a q^b, normalised."""
     p, q = (F.log_softmax(x, dim=1) for x in (model(images), guide(images, context=guide.context(images, known))))
-    a, b = torch.log1p(guide.powers.exp()) / (2 * math.log(2))
     log_g = F.log_softmax(a * p + b * q, dim=1).gather(1, images.long()[:, None])[:, 0]
     return log_g.masked_fill(known, 0)
 
@@ -81,8 +80,8 @@ def test_counts_and_running_means_equal_their_definitions(model):
 @pytest.mark.parametrize("size", [None, *SIZES])
 def test_a_cache_gives_what_one_pass_gives(nb, model, size):
     """By pixels, by rows, by turns, for the model and for its guide, which read the same cache, from half on with two
-    of each image: within 1e-4 in float32 at full size, 1e-10 in float64; a piece read twice or left out is refused. It would see memory that is stale, of
-    another place or of the other network. The control: another norm is another network."""
+    of each image: within 1e-4 in float32 at full size, 1e-10 in float64; a piece read twice or left out is refused. It
+    would see memory that is stale, of another place, image or network. The control: another norm is another network."""
     network, bound = (strong(nb, *size), 1e-10) if size else (copy.deepcopy(model), 1e-4)
     (height, width), images = network.size, random_images(2, *network.size, network.config.levels)
     guide, mask = meaningless_guide(nb, network), nb.uniforms(1, height, width) < 0.5
@@ -168,13 +167,13 @@ def test_draws_are_scored_as_one_pass_scores_them(nb, size, learned):
 
 def test_a_guide_starts_as_the_model_it_is_made_for(nb, tiny, table):
     """log g = log p within 1e-12 where hidden, 0 where known; its loss is the mean over all pixels, each image with its
-    own mask. It would see weights that are not taken over, and powers that are not. The control: a context that says
-    something."""
+    own mask. It would see weights that are not taken over, and powers that are not 1/2. The control: a context that
+    says something."""
     images, guide = table[0][::500], nb.starting_guide(tiny, (1,)).requires_grad_(False)
     known = nb.uniforms(0, *images.shape) < 0.5
     for weight in (0.0, 0.1):
         guide.encoder.out.weight.add_(weight)
-        log_g = guide_log_probs(tiny, guide, images, known)
+        log_g = guide_log_probs(tiny, guide, images, known, 0.5, 0.5)
         assert abs(nb.guide_loss(tiny, guide, images, known) + log_g.mean()) < 1e-12
         off = (log_g - nb.pixel_log_probs(tiny, images).masked_fill(known, 0)).abs().max()
         assert off > 1e-3 if weight else off < 1e-12

@@ -132,19 +132,6 @@ def test_a_state_is_gone_on_from_in_its_own_precision(nb, task, recipe, tmp_path
         assert [same(found, other) for other in whole] == [machine is first for machine in machines]
 
 
-def test_the_precision_is_the_one_named_or_the_devices(nb, recipe, monkeypatch):
-    """Of "auto": float32 on a CPU, bfloat16 on a card that has it, float16 on one that emulates it (slowly). The
-    control: that one says that it has bfloat16 unless asked about emulation."""
-    cpu, card = torch.device("cpu"), torch.device("cuda")
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        asked = lambda including_emulation=True: native or including_emulation
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
-        assert torch.cuda.is_bf16_supported() and nb.training_dtype(recipe, card) == expected
-    assert nb.training_dtype(recipe, cpu) == torch.float32
-    for name in ("float32", "bfloat16", "float16"):
-        assert [nb.training_dtype(replace(recipe, dtype=name), x) for x in (cpu, card)] == [getattr(torch, name)] * 2
-
-
 @pytest.mark.parametrize("said, sizes, change, added", [
     ("model.pt.state: of", {"channels": 12}, {}, 0), ("model.pt.state: of", {"encoder": (1,)}, {}, 0),
     ("model.pt.state: of", {}, {"clip_norm": 2.0}, 0), ("model.pt.state: of", {}, {"dtype": "float32"}, 0),

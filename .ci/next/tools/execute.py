@@ -1,15 +1,15 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
 usage: python .ci/tools/execute.py [--fast] [--publish] [--in FOLDER]
-FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs, its settings as they were.
---publish: the released run, from an empty run/, without progress bars. When it has ended, its pictures and the RESULTS
-below, with what calibrate.py found apart for the same weights, replace those of figures/, and the picture of the first
-screen is drawn anew (hero.py).
+FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs but for progress bars, its settings
+as they were.
+--publish: the released run, from an empty run/. When it has ended, its pictures and the RESULTS below, with what
+calibrate.py found apart for the same weights, replace those of figures/, and the picture of the first screen is drawn
+anew (hero.py).
 """
 import argparse
 import copy
 import json
-import os
 import re
 import shutil
 import time
@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 
 TOOLS = Path(__file__).resolve().parent
 APART = TOOLS / "record" / "apart.json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # Name, what it is, its standard error, n, and how it came about; but for the last expressions in the notebook's names.
 RESULTS = [
@@ -123,14 +124,17 @@ def main():
     if options.fast:
         set_fast(notebook)
     if options.publish:
-        os.environ["TQDM_DISABLE"] = "1"  # of progress nothing is kept
         shutil.rmtree(folder / "run", ignore_errors=True)
         notebook.cells += last_cells()
-    client = Telling(notebook, record_timing=False, resources={"metadata": {"path": str(folder.resolve())}})
+    client = Telling(notebook, record_timing=False, store_widget_state=False,
+                     resources={"metadata": {"path": str(folder.resolve())}})
 
     def keep():
         kept = copy.deepcopy(notebook)
         kept.cells = kept.cells[:count]
+        for cell in kept.cells:
+            if "outputs" in cell:  # a bar says nothing when it is done (and in a notebook tqdm ignores TQDM_DISABLE)
+                cell.outputs = [x for x in cell.outputs if WIDGET not in x.get("data", {})]
         if options.fast:
             set_fast(kept, False)
         temporary = folder / "PixelCNN.tmp"  # an interrupted write loses nothing

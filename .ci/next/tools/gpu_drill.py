@@ -177,19 +177,15 @@ CALLS = {  # of a guide g, its model m, images x and a mask k; x is where the mo
     "image_batches": lambda g, m, x, k: nb.image_batches(m, x, RECIPE)(3)}
 
 
-def numbers(answer):
-    """The tensors and numbers of an answer, in a list."""
-    return [torch.as_tensor(x).cpu().double() for x in pytree.tree_leaves(answer)]
-
-
 def compare(call):
     """The card's answers, for images on the CPU and on the card, against the CPU's."""
-    wanted = numbers(call(GUIDE, MODEL, IMAGES, KNOWN))
-    for device in ("cpu", "cuda"):
-        model, guide = (copy.deepcopy(x).to("cuda") for x in (MODEL, GUIDE))
-        found = numbers(call(guide, model, IMAGES.to(device), KNOWN.to(device)))
-        assert len(found) == len(wanted) > 0
-        assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(found, wanted)), "another answer"
+    answers = []
+    for device, where in (("cpu", "cpu"), ("cuda", "cpu"), ("cuda", "cuda")):
+        networks = (copy.deepcopy(x).to(device) for x in (GUIDE, MODEL))
+        answer = call(*networks, IMAGES.to(where), KNOWN.to(where))
+        answers.append([torch.as_tensor(x).cpu().double() for x in pytree.tree_leaves(answer)])
+    assert all(torch.allclose(x, y, rtol=0, atol=1e-5) for found in answers[1:]
+               for x, y in zip(found, answers[0], strict=True)), "another answer"
 
 
 def trained(recipe, *devices):
@@ -198,8 +194,7 @@ def trained(recipe, *devices):
 
     def loss(network, images):
         if torch.is_grad_enabled():
-            half = torch.is_autocast_enabled(device)
-            precisions.add(torch.get_autocast_dtype(device) if half else torch.float32)
+            precisions.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
         return nb.model_loss(network, images)
 
     def batches(step):
