@@ -105,12 +105,6 @@ class Card(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
-    def __format__(self, spec):
-        return format(self.item(), spec)
-
-    def tolist(self):
-        return self.cpu().tolist()
-
     def __reduce_ex__(self, protocol):  # saved as what is in it
         return self.elem.detach().__reduce_ex__(protocol)
 
@@ -157,7 +151,7 @@ CALLS = {  # of a guide g, its model m, images x and a mask k; x is where the mo
     "sample_naive": lambda g, m, x, k: nb.sample_naive(m, x[:3].to(m.device), k, seed=2),
     "draw_categorical": lambda g, m, x, k: nb.draw_categorical(torch.ones(3, 4).to(m.device), nb.uniforms(5, 3, 2)),
     "sample": lambda g, m, x, k: nb.sample(m, 5, image=x[0], known=k, seed=torch.Generator().manual_seed(2)),
-    "cached_logits": lambda g, m, x, k: nb.cached_logits(m, x[:3].to(m.device), k),
+    "cached_logits": lambda g, m, x, k: nb.cached_logits(m, x[:3].to(m.device), k.cpu()),
     "log_prob": lambda g, m, x, k: nb.log_prob(m, x),
     "given_past": lambda g, m, x, k: nb.given_past(m, x, (3, 2)),
     "given_rest": lambda g, m, x, k: nb.given_rest(m, x[:3], (3, 2)),
