@@ -106,24 +106,20 @@ def known_mask(*hidden):
 
 
 def meaningless_guide(nb, model, strength=0.15, powers=(0.7, 0.6), seed=3):
-    """A guide with random weights: its hints mean nothing, and they reach every block. Its powers need not sum to 1."""
+    """A guide with random weights: its context means nothing, and it reaches every block. Its powers, a and b of
+    g = p^a q^b, need not sum to 1."""
     torch.manual_seed(seed)
-    network = nb.starting_guide(model, (1, 2)).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
+    guide = nb.starting_guide(model, (1, 2)).eval().requires_grad_(False)
+    for name, parameter in guide.named_parameters():
         if name.startswith("encoder.") or ".from_context." in name:
             parameter.add_(strength * torch.randn_like(parameter))
-    network.powers.copy_(torch.tensor(powers))
-    return nb.Guide(model, network)
+    guide.powers.copy_((2 * nb.BIT * torch.tensor(powers, dtype=torch.float64)).expm1().log())  # softplus undone
+    return guide
 
 
 def either_guide(nb, model, learned):
-    """The model alone, or a meaningless guide."""
-    return meaningless_guide(nb, model) if learned else nb.Guide(model)
-
-
-def guide_log_prob(nb, guide, images, known):
-    """log g(x_U | x_K) of each image [n, h, w], float64 [n], nats."""
-    return nb.guide_pixel_log_probs(guide, images, known).sum(dim=(1, 2))
+    """None, the model alone, or a meaningless guide."""
+    return meaningless_guide(nb, model) if learned else None
 
 
 def t_bound(n):

@@ -19,67 +19,83 @@ from definitions import notebook_cells
 IMAGE = torch.zeros(3, 3, dtype=torch.uint8)
 KNOWN = torch.arange(9).view(3, 3) > 1
 TWO = IMAGE.expand(2, 3, 3)
-(LOAD,) = [source for cell in notebook_cells() if (source := "".join(cell["source"])).startswith("WEIGHTS = ")]
+HOW = dict(images=8, warmup=2, decay=2, batch_size=2)
+(LOAD,) = [source for cell in notebook_cells() if "WEIGHTS = " in (source := "".join(cell["source"]))]
 SETTINGS = dict(FAST=False, SAVE_DIR="checkpoints", TRAINING="short")
-CONFIG = dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,), embedding=1, mean_channels=-1)
+SHAPES = [TWO.float(), TWO[:, :2], TWO.int() + 300, TWO + 3, TWO.int() - 1, TWO > 0]
 
 
-@pytest.mark.parametrize("name, call", [
-    *(("images", lambda nb, model, x=x: nb.log_prob(model, x)) for x in (
-        torch.zeros(1, 3, 3), IMAGE, TWO[:, :2], torch.full((1, 3, 3), 300), KNOWN[None], TWO.tolist())),
-    *((name, lambda nb, model, x=x, y=y: nb.train(nb.tiny_model().requires_grad_(), x, y, nb.MODEL_RECIPE, "no/x.pt"))
-      for name, x, y in (("batches", TWO, TWO), ("batches", TWO.float(), TWO), ("validation", TWO, TWO + 4),
-                         ("validation", TWO, TWO[:0]))),
-    ("image and known", lambda nb, model: nb.sample(model, 3, image=IMAGE)),
-    ("image", lambda nb, model: nb.sample(model, 3, image=IMAGE + 3, known=KNOWN)),
-    *(("known", lambda nb, model, k=k: nb.sample(model, 3, image=IMAGE, known=k)) for k in (
-        IMAGE, KNOWN[:, :2], TWO > 0)),
-    *((name, lambda nb, model, change=change: nb.gibbs(**dict(
-        dict(model=model, image=IMAGE, known=KNOWN, sweeps=2, chains=2), **change)))
-      for name, change in (("sweeps, chains", dict(sweeps=0)), ("sweeps, chains", dict(chains=0)),
-                           ("known", dict(known=IMAGE)), ("image", dict(image=TWO)),
-                           ("start", dict(start=TWO[:1])), ("start", dict(start=TWO + 3)))),
-    ("guide", lambda nb, model: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(nb.tiny_model()))),
-    *(("rows, candidates", lambda nb, model, how=how: nb.gibbs(model, IMAGE, KNOWN, 1, 2, guide=nb.Guide(model), **how))
-      for how in (dict(rows=0), dict(candidates=1))),
-    ("values", lambda nb, model: nb.r_hat(torch.zeros(3, 8))),
-    *(("known", lambda nb, model, k=k: nb.complete(model, IMAGE, k)) for k in (KNOWN[:2], None, TWO > 0)),
-    *(("image", lambda nb, model, x=x: nb.complete(model, x, KNOWN)) for x in (TWO, IMAGE.tolist())),
-    *(("image", lambda nb, model, x=x: nb.conditional_given_past(model, x, (0, 1))) for x in (TWO, KNOWN)),
-    ("image", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE + 3, KNOWN, 2)),
-    ("known", lambda nb, model: nb.weighted_draws(nb.Guide(model), IMAGE, IMAGE, 2)),
-    ("n", lambda nb, model: nb.sample(model, 0)),
-    ("n", lambda nb, model: nb.complete(model, IMAGE, KNOWN, n=0)),
-    ("n", lambda nb, model: nb.marginal(model, (1, 1), n=1)),
-    *(("most", lambda nb, model, most=most: nb.complete(model, IMAGE, KNOWN, most=most)) for most in (0, 1)),
-    ("pixel", lambda nb, model: nb.conditional(model, IMAGE, KNOWN, (2, 2))),
-    ("known", lambda nb, model: nb.conditional(model, IMAGE, TWO > 0, (0, 0))),
-    ("rows, columns", lambda nb, model: nb.all_but(10, 10, 3, 9)),
-    ("batch_size", lambda nb, model: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=3))),
-    ("digits", lambda nb, model: nb.fresh_batches(model, TWO / 2, nb.MODEL_RECIPE)),
-    *(("guide", lambda nb, model, guide=guide: nb.complete(model, IMAGE, KNOWN, guide=guide(nb, model))) for guide in (
-        lambda nb, model: nb.Guide(nb.tiny_model()), lambda nb, model: model)),
-    ("known(?=: .* ndarray)", lambda nb, model: nb.complete(model, IMAGE, KNOWN.numpy())),
-    *(("pixel", lambda nb, model, ask=ask: getattr(nb, ask)(model, IMAGE, (3, 0))) for ask in (
-        "conditional_given_past", "conditional_given_rest", "conditional_given_future")),
-    *(("pixel", lambda nb, model, pixel=pixel: nb.marginal(model, pixel)) for pixel in ((0, -1), (1.5, 2), (1,), 1)),
-    *(("device", lambda nb, model, device=device: nb.pick_device(device)) for device in ("tpu", "mps", "cuda")),
-    *((name, lambda nb, model, wrong={name: "no/drive"}: exec(LOAD, vars(nb) | SETTINGS | wrong))
+def train(nb, data=TWO, **how):
+    network, recipe = nb.tiny_model(), nb.Recipe(**HOW | how)
+    nb.train(network, nb.model_loss, nb.image_batches(network, data, recipe), [TWO], recipe, "weights.pt")
+
+
+WRONG = [  # what it is called, what is wrong, and calls of the notebook, a model and that
+    ("images", [*SHAPES, IMAGE, TWO[:0]], [
+        lambda nb, model, x: nb.log_prob(model, x), lambda nb, model, x: nb.log_weights(model, x, KNOWN),
+        lambda nb, model, x: nb.given_past(model, x, (0, 1)), lambda nb, model, x: nb.given_rest(model, x, (0, 1)),
+        lambda nb, model, x: nb.sweep_by_pixels(model, KNOWN, x, None),
+        lambda nb, model, x: nb.sweep_at_once(model, None, KNOWN, x, None)]),
+    ("images(?=: .* got a (list|NoneType))", [TWO.tolist(), None], [lambda nb, model, x: nb.log_prob(model, x)]),
+    ("batches", [*SHAPES, IMAGE, TWO[:0], TWO[:1]], [lambda nb, model, x: train(nb, x)]),
+    ("digits", SHAPES, [lambda nb, model, x: nb.fresh_batches(model, x, nb.Recipe(**HOW))]),
+    ("image", [*(x[0] for x in SHAPES), TWO, IMAGE.tolist()], [
+        lambda nb, model, x: nb.sample(model, 3, image=x, known=KNOWN),
+        lambda nb, model, x: nb.complete(model, x, KNOWN),
+        lambda nb, model, x: nb.conditional(model, x, KNOWN, (0, 1))]),
+    ("known", [IMAGE, KNOWN[:, :2], TWO > 0, KNOWN.tolist(), KNOWN.numpy()], [
+        lambda nb, model, k: nb.sample(model, 3, image=IMAGE, known=k),
+        lambda nb, model, k: nb.complete(model, IMAGE, k), lambda nb, model, k: nb.log_weights(model, TWO, k),
+        lambda nb, model, k: nb.conditional(model, IMAGE, k, (0, 1)),
+        lambda nb, model, k: nb.sweep_by_pixels(model, k, TWO, None),
+        lambda nb, model, k: nb.sweep_at_once(model, None, k, TWO, None)]),
+    ("known(?=: .* got a (ndarray|NoneType))", [KNOWN.numpy(), None], [
+        lambda nb, model, k: nb.complete(model, IMAGE, k)]),
+    ("image and known", [dict(image=IMAGE), dict(known=KNOWN)], [lambda nb, model, one: nb.sample(model, 3, **one)]),
+    ("pixel", [(3, 0), [0, 3], (0, -1), (1.5, 2), (1.0, 2), (True, 1), (1,), (0, 1, 1), 1, None], [
+        lambda nb, model, pixel: nb.given_past(model, TWO, pixel), lambda nb, model, pixel: nb.marginal(model, pixel),
+        lambda nb, model, pixel: nb.given_rest(model, TWO, pixel),
+        lambda nb, model, pixel: nb.conditional(model, IMAGE, KNOWN, pixel)]),
+    ("pixel(?=: expected a hidden one)", [(2, 2)], [lambda nb, model, x: nb.conditional(model, IMAGE, KNOWN, x)]),
+    ("n", [0, -1], [lambda nb, model, n: nb.sample(model, n), lambda nb, model, n: nb.complete(model, IMAGE, ~KNOWN, n),
+                    lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
+    ("n", [0, 1, 19], [lambda nb, model, n: nb.complete(model, IMAGE, KNOWN, n),
+                       lambda nb, model, n: nb.conditional(model, IMAGE, KNOWN, (0, 1), n)]),
+    ("n", [1], [lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
+    ("sweeps", [0, -1], [lambda nb, model, sweeps: nb.gibbs(None, TWO, sweeps)]),
+    ("candidates", [0, 1], [lambda nb, model, some: nb.sweep_at_once(model, None, KNOWN, TWO, None, some)]),
+    ("values", [3, 1], [lambda nb, model, states: nb.r_hat(torch.zeros(states, 8))]),
+    ("rows, columns", [(10, 10, 3, 9), (3, 9, 10, 9)], [lambda nb, model, sides: nb.all_but(*sides)]),
+    ("batch_size", [3], [lambda nb, model, size: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=size))]),
+    ("recipe", [1, 0], [lambda nb, model, images: train(nb, warmup=0, images=images)]),
+    ("dtype", [torch.float64, torch.int32, "bfloat16", ""], [lambda nb, model, dtype: train(nb, dtype=dtype)]),
+    ("device", ["tpu", "mps", "cuda", "cuda:0", "", torch.device("cuda")], [
+        lambda nb, model, device: nb.pick_device(device)]),
+    *((name, ["no/drive"], [lambda nb, model, wrong, name=name: exec(LOAD, vars(nb) | SETTINGS | {name: wrong})])
       for name in ("SAVE_DIR", "TRAINING")),
-    *((f"(?=.*{re.escape(f'{name}={value}')})config",  # what is wrong is in the message
-       lambda nb, model, name=name, value=value: replace(model.config, **{name: value}))
-      for name, value in CONFIG.items())])
-def test_wrong_arguments_are_refused_by_name(nb, tiny, monkeypatch, name, call):
+    *((f"(?=.*{re.escape(f'{name}={value}')})config", [value],  # what is wrong is in the message
+       [lambda nb, model, wrong, name=name: replace(model.config, **{name: wrong})])
+      for name, value in dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,), embedding=1,
+                              mean_channels=-1).items())]
+
+
+@pytest.mark.parametrize("name, call, wrong", [
+    (name, call, wrong) for name, wrongs, calls in WRONG for call in calls for wrong in wrongs])
+def test_wrong_arguments_are_refused_by_name(nb, tiny, tmp_path, monkeypatch, name, call, wrong):
     """It would see a wrong shape, type or number that is computed with, a fallback to the CPU in silence, an error from
     inside torch, and a training whose weights go where no Drive is mounted."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        call(nb, tiny)
+        call(nb, tiny, wrong)
+    assert not [*tmp_path.iterdir()]
 
 
-def test_a_torch_device_names_a_device(nb):
-    """It would see a device refused that is one of those named."""
+def test_any_device_that_is_there_is_taken(nb, monkeypatch):
+    """By name, by number, as a torch.device; "auto" is the card, if there is one. The control of the above."""
     assert nb.pick_device(torch.device("cpu")) == nb.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert nb.pick_device("cuda:0") == torch.device("cuda:0") and nb.pick_device().type == "cuda"
 
 
 def in_a_process(function, *arguments):
@@ -92,10 +108,9 @@ def in_a_process(function, *arguments):
     return process
 
 
-def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, images, tmp_path, monkeypatch):
+def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, images, tmp_path):
     """Six SIGKILLs; the state is written at every step, so that many fall into a write. It would see a state that is
     not whole, and a training that begins anew: a kill costs the step that it falls into, no other."""
-    monkeypatch.setattr(nb, "training_dtype", lambda device: torch.float32)
     longer = replace(recipe, images=1920)
     steps = longer.images // longer.batch_size
 
@@ -109,7 +124,7 @@ def test_training_killed_at_random_ends_as_if_never_stopped(nb, config, recipe, 
                 log.write(f"{step}\n")
             return [nb.batch_at(images, longer, step)]
         torch.manual_seed(0)
-        nb.train(nb.PixelCNN(config), batches, [images[:20]], longer, tmp_path / name, save_seconds=0)
+        nb.train(nb.PixelCNN(config), nb.model_loss, batches, [images[:20]], longer, tmp_path / name, save_seconds=0)
 
     in_a_process(run, "calm.pt").join(240)
     for share, milliseconds in ((0.1, 0), (0.2, 4), (0.35, 1), (0.5, 7), (0.6, 2), (0.7, 5)):
@@ -155,6 +170,6 @@ def test_every_function_works_on_a_card_as_on_a_cpu(planted):
     run = subprocess.run(command, capture_output=True, text=True)
     failed = [line.split(": FAILED")[0] for line in run.stdout.splitlines() if ": FAILED" in line]
     if planted:
-        assert run.returncode == 1 and {"conditional_given_rest", "train"} <= set(failed) and "influence" not in failed
+        assert run.returncode == 1 and {"given_rest", "train"} <= set(failed) and "influence" not in failed
     else:
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]

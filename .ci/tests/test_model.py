@@ -2,12 +2,13 @@
 network: it starts as the model, reads what is known and nothing else, and learns."""
 
 import copy
-import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import FALSE_ALARM, guide_log_prob, known_mask, meaningless_guide, random_images, same, strong
+import torch.nn.functional as F
+from conftest import FALSE_ALARM, either_guide, known_mask, meaningless_guide, random_images, same, strong
 from scipy import stats
 
 SIZES = [(1, 1, (1,)), (1, 5, (3, 1)), (5, 1, (1, 3)), (4, 3, (1, 7)), (6, 4, (1, 2, 5))]  # and dilations
@@ -17,6 +18,13 @@ SIZES = [(1, 1, (1,)), (1, 5, (3, 1)), (5, 1, (1, 3)), (4, 3, (1, 7)), (6, 4, (1
 def model(nb):
     torch.manual_seed(1)
     return nb.PixelCNN(nb.Config()).eval().requires_grad_(False)
+
+
+def guide_log_probs(model, guide, images, known, a=0.7, b=0.6):
+    """log g of each pixel, 0 where known, by its definition: p^a q^b, normalised."""
+    p, q = (F.log_softmax(x, dim=1) for x in (model(images), guide(images, context=guide.context(images, known))))
+    log_g = F.log_softmax(a * p + b * q, dim=1).gather(1, images.long()[:, None])[:, 0]
+    return log_g.masked_fill(known, 0)
 
 
 def test_each_output_depends_on_all_pixels_before_it_and_on_no_other(nb):
@@ -58,7 +66,7 @@ def test_counts_and_running_means_equal_their_definitions(model):
     """Recomputed for one pixel from the sums in the text. It would see a sum that is shifted, and unclamped weights."""
     image, pixel = random_images(1) // 16, 300
     counts = torch.bincount(image.flatten()[:pixel].int(), minlength=256)
-    t = model.counts(image).flatten(1, 2)[0, pixel]
+    t = model.counts(image.int()).flatten(1, 2)[0, pixel]
     assert torch.allclose(t, model.counts.matrix.weight @ torch.log1p(counts), atol=1e-5)
     mean = copy.deepcopy(model.blocks[1].mean).double()
     f = 8 * torch.randn(1, 28, 28, model.config.channels, dtype=torch.float64)
@@ -70,25 +78,30 @@ def test_counts_and_running_means_equal_their_definitions(model):
 
 @pytest.mark.parametrize("size", [None, *SIZES])
 def test_a_cache_gives_what_one_pass_gives(nb, model, size):
-    """By pixels, by rows, by turns, and on a branch that begins with a row: within 1e-4 in float32 at full size, 1e-10
-    in float64; a piece out of order is refused. It would see memory that is stale, of another place or another branch's.
-    The control: another norm is another network."""
+    """By pixels, by rows, by turns, for the model and for its guide, which read the same cache, from half on with two
+    of each image: within 1e-4 in float32 at full size, 1e-10 in float64; a piece read twice or left out is refused. It
+    would see memory that is stale, of another place, image or network. The control: another norm is another network."""
     network, bound = (strong(nb, *size), 1e-10) if size else (copy.deepcopy(model), 1e-4)
-    (height, width), images = network.size, random_images(3, *network.size, network.config.levels)
-    half, plain, cache = height // 2, network(images), nb.Cache(network, 3)
-    for by_rows in ((), range(height), {0, half, half + 1}):
-        assert (nb.cached_logits(network, images, by_rows) - plain).abs().max() < bound
-    for row in range(half):
-        network(images, cache, row)
-    other = torch.cat([images[:, :half], images.flip(0)[:, half:]], dim=1)
-    for branch, columns in ((copy.copy(cache), [None]), (copy.copy(cache), range(width)), (cache, [None])):
-        seen = images if branch is cache else other
-        found = torch.cat([network(seen, branch, half, column) for column in columns], dim=3)
-        assert (found - network(seen)[:, :, half : half + 1]).abs().max() < bound
-    with pytest.raises(ValueError, match="^row, column: expected the piece that begins"):
-        network(images, cache, half)  # once more
+    (height, width), images = network.size, random_images(2, *network.size, network.config.levels)
+    guide, mask = meaningless_guide(nb, network), nb.uniforms(1, height, width) < 0.5
+    context, row = guide.context(images, mask), torch.arange(height)[:, None].expand(height, width)
+    whole = images, context, (plain := network(images)), guide(images, context=context)
+    for known in (row < 0, row >= 0, (row % 3 == 0) | mask):
+        cache, (seen, said, wanted, proposed) = nb.Cache(), whole
+        for piece in cache.pieces(known):
+            if piece[0].start == height // 2 and len(seen) == 2:
+                cache.repeat(2)
+                seen, said, wanted, proposed = (x.repeat_interleave(2, dim=0) for x in whole)
+            assert (network(seen, cache) - wanted[:, :, *piece]).abs().max() < bound
+            assert (guide(seen, cache, said) - proposed[:, :, *piece]).abs().max() < bound
+            with pytest.raises(ValueError, match="^cache: expected each piece once"):
+                network(seen, cache)  # once more
+    if len([*(cache := nb.Cache()).pieces(row < 0)]) > 1:  # the last one now stands, the first was left out
+        with pytest.raises(ValueError, match="^cache: expected each piece once"):
+            network(images, cache)
+    assert (nb.cached_logits(network, images, row >= 0) - plain).abs().max() < bound
     network.blocks[0].norm.weight[:9] *= 2
-    assert (nb.cached_logits(network, images, range(height)) - plain).abs().max() > 10 * bound
+    assert (nb.cached_logits(network, images, row >= 0) - plain).abs().max() > 10 * bound
 
 
 @pytest.mark.parametrize("together", [1000, 4])
@@ -122,72 +135,86 @@ def test_sample_follows_the_model(nb, tiny, table):
         assert (square < stats.chi2.isf(FALSE_ALARM, int(often.sum()))) == right
 
 
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_draws_are_scored_as_one_pass_scores_them(nb, size, guided):
-    """Five draws for each of six images, which part where they differ, in three masks: log p of all pixels, log g of
-    the hidden ones alone, within 1e-10; an image alone gets the same draws. It would see memory or a context that is of
-    another image or shared too long. The control: the scores of another image."""
+def test_draws_are_scored_as_one_pass_scores_them(nb, size, learned):
+    """Thirty draws for an image, which part where they differ, in three masks: log p of all pixels, log g of the hidden
+    ones alone, and log_weights, within 1e-10 of their definitions; one number alone gives the same draw. It would see
+    memory or a context that is of another draw or shared too long. The control: the scores of another draw."""
     model, (height, width, _) = strong(nb, *size), size
-    guide = meaningless_guide(nb, model) if guided else nb.Guide(model)
-    images, numbers = random_images(6, height, width, 3), nb.uniforms(0, 30, height, width)
+    guide, numbers = either_guide(nb, model, learned), nb.uniforms(0, 30, height, width)
     masks = nb.uniforms(1, 3, height, width) < 0.4
     masks[1, 1::2] = masks[2, 1:] = True  # rows that are read at once; nothing is drawn from the second on
     masks[:, 0, 0] = False
-    for known in masks:
-        draws, *scores = nb.draw(model, images, known, numbers, guide.network)
-        alone = (nb.draw(model, *one, guide.network) for one in zip(images.split(1), [known] * 6, numbers.split(5)))
-        draws_alone, *scores_alone = map(torch.cat, zip(*alone))
-        each = draws.unflatten(0, (6, 5))
-        assert torch.equal(draws, draws_alone) and (each != each[:, :1]).any()
-        assert (each == images[:, None])[..., known].all()
+    for image, known in zip(random_images(3, height, width, 3), masks):
+        draws, log_w, log_p = nb.draw(model, image, known, numbers, guide)
+        alone = [nb.draw(model, image, known, number, guide) for number in numbers.split(1)]
+        draws_alone, log_w_alone, log_p_alone = map(torch.cat, zip(*alone))
+        assert torch.equal(draws, draws_alone) and (draws != draws[:1]).any()
+        assert (draws == image)[:, known].all()
         for scored, right in ((draws, True), ((draws + 1) % 3, False)):
-            expected = nb.log_prob(model, scored), guide_log_prob(nb, guide, scored, known)
-            off = [(x - y).abs().max() for x, y in zip(scores + scores_alone, expected * 2)]
+            log_g = (guide_log_probs(model, guide, scored, known) if learned
+                     else nb.pixel_log_probs(model, scored).masked_fill(known, 0)).sum(dim=(1, 2))
+            expected = nb.log_prob(model, scored)
+            given = expected - nb.log_weights(model, scored, known, guide)
+            assert (given - log_g).abs().max() < 1e-10
+            off = [(x - y).abs().max() for x, y in ((log_p, expected), (log_p_alone, expected), (log_p - log_w, log_g),
+                                                   (log_p_alone - log_w_alone, log_g))]
             assert max(off) < 1e-10 if right else min(off) > 1e-3
 
 
-def test_a_guide_starts_as_the_model_it_is_made_for_and_serves_no_other(nb, tiny, table):
-    """log g = log p within 1e-12 where hidden, 0 where known: it would see weights that are not taken over, and a guide
-    of another model, whose answers would be refused one by one. The control: a context that says something."""
-    images, network = table[0][::500], nb.starting_guide(tiny, (1,)).requires_grad_(False)
+def test_a_guide_starts_as_the_model_it_is_made_for(nb, tiny, table):
+    """log g = log p within 1e-12 where hidden, 0 where known; its loss is the mean over all pixels, each image with its
+    own mask. It would see weights that are not taken over, and powers that are not 1/2. The control: a context that
+    says something."""
+    images, guide = table[0][::500], nb.starting_guide(tiny, (1,)).requires_grad_(False)
     known = nb.uniforms(0, *images.shape) < 0.5
     for weight in (0.0, 0.1):
-        network.encoder.out.weight.add_(weight)
-        log_g = nb.guide_pixel_log_probs(nb.Guide(tiny, network), images, known)
+        guide.encoder.out.weight.add_(weight)
+        log_g = guide_log_probs(tiny, guide, images, known, 0.5, 0.5)
+        assert abs(nb.guide_loss(tiny, guide, images, known) + log_g.mean()) < 1e-12
         off = (log_g - nb.pixel_log_probs(tiny, images).masked_fill(known, 0)).abs().max()
         assert off > 1e-3 if weight else off < 1e-12
-    nb.Guide(copy.deepcopy(tiny).float(), network)  # the same model
-    with pytest.raises(ValueError, match="^network"):
-        nb.Guide(nb.tiny_model(1), network)
 
 
 @pytest.mark.parametrize("hidden", [(0, 1, 4, 6), (3, 5, 8)])
 def test_the_context_says_what_is_known_and_nothing_else(nb, tiny, evidence, hidden):
     """One pixel after the other gets another level: a hidden one never matters to the context, a known one always does;
-    and whether it is known matters. It would see a guide that reads what it is to propose."""
+    and whether it is known matters. A pixel's context moves its own logits and no earlier ones. It would see a guide
+    that reads what it is to propose, or that has one context for all pixels."""
     one, known = torch.eye(9).view(9, 3, 3) == 1, known_mask(*hidden)
-    context = meaningless_guide(nb, tiny).network.context
+    guide = meaningless_guide(nb, tiny)
+    context = guide.context
     for image in evidence:
         changed = torch.where(one, (image + 1) % 3, image)
         for images, masks, matters in ((changed, known, known.flatten()), (image.expand(9, 3, 3), known ^ one, True)):
             moved = (context(images, masks) - context(image[None], known)).abs().amax(dim=(1, 2, 3))
             assert ((moved > 1e-9) == matters).all()  # rounding
+        said = torch.stack([context(image[None], known)[0]] * 10) + torch.eye(10, 9).view(10, 3, 3, 1)
+        moved = guide(image.expand(10, 3, 3), context=said)
+        moved = (moved - moved[9]).abs().amax(dim=1).flatten(1)[:9]
+        assert moved.tril(-1).max() < 1e-9 < 1e-3 < moved.diagonal().min()
 
 
-def test_random_masks_depend_on_the_seed_alone_hide_something_and_come_in_their_shares(nb):
-    """In any size. Of 2,000 the shares of G's and D's are within 0.045, 4 standard deviations: it would see either left
-    out, and a guide that is trained on the same masks at each step."""
-    for size in ((28, 28), (2, 5), (1, 1)):
-        config = nb.Config(*size)
-        masks = nb.random_masks(300, config, 7)
-        assert masks.shape == (300, *size) and (~masks).flatten(1).any(dim=1).all()
-        assert torch.equal(masks, nb.random_masks(300, config, 7))
-    hidden, place = ~nb.random_masks(2000, nb.Config(), 0), torch.arange(784).view(28, 28)
-    assert not torch.equal(hidden, ~nb.random_masks(2000, nb.Config(), 8))
-    top, future = ((hidden == kind).flatten(1).all(dim=1) for kind in (place < 392, place <= 406))
-    shares = torch.stack([top, future]).double().mean(dim=1)
-    assert (shares - torch.tensor([2 / 8 + 1 / 56, 2 / 8])).abs().max() < 0.045, shares
+def test_random_masks_depend_on_the_seed_alone_hide_something_and_come_in_quarters(nb):
+    """In any size. Of 2,000 the share of each kind (G's top, D's past with its pixel, rectangles, single pixels) is
+    within 0.045 of a quarter, and any number of single pixels is as likely. It would see a kind left out, and a guide
+    that is trained on the same masks at each step, or on few pixels alone."""
+    for height, width in ((28, 28), (2, 5), (1, 1)):
+        masks = nb.random_masks(300, height, width, 7)
+        assert masks.shape == (300, height, width) and (~masks).flatten(1).any(dim=1).all()
+        assert torch.equal(masks, nb.random_masks(300, height, width, 7))
+    hidden, place = ~nb.random_masks(2000, 28, 28, 0), torch.arange(784).view(28, 28)
+    assert not torch.equal(hidden, ~nb.random_masks(2000, 28, 28, 8))
+    top, past = ((hidden == kind).flatten(1).all(dim=1) for kind in (place < 392, place <= 406))
+    box = hidden.any(dim=2)[:, :, None] & hidden.any(dim=1)[:, None]
+    rectangle = (hidden == box).flatten(1).all(dim=1) & ~top
+    single = ~(top | past | rectangle)
+    shares = torch.stack([top, past, rectangle, single]).double().mean(dim=1)
+    assert (shares - 1 / 4).abs().max() < 0.045, shares
+    assert stats.kstest(hidden[single].flatten(1).double().mean(dim=1).numpy(), "uniform").pvalue > FALSE_ALARM
+    assert (hidden[single].double().mean(dim=0) - 0.5).abs().max() < 0.15
+    assert hidden[rectangle].any(dim=0)[1:-1, 1:-1].all() and not hidden[rectangle].all(dim=0).any()
 
 
 def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, config, images):
@@ -200,7 +227,7 @@ def test_fresh_batches_are_half_draws_each_seen_in_one_step_and_half_digits(nb, 
     batches, masks = map(torch.stack, zip(*map(batch_of, range(7))))
     draws, digits = (x.flatten(0, 1) for x in batches.chunk(2, dim=1))
     assert batches.shape == (7, 16, 5, 4) and len(draws.unique(dim=0)) == 7 * 8
-    assert torch.equal(masks, torch.stack([nb.random_masks(16, config, step) for step in range(7)]))
+    assert torch.equal(masks, torch.stack([nb.random_masks(16, 5, 4, step) for step in range(7)]))
     assert torch.equal(digits[24:48], nb.batch_at(images, replace(recipe, batch_size=24), 1))
     for step in (5, 0, 6, 4):
         assert all(map(torch.equal, again(step), (batches[step], masks[step])))
@@ -212,28 +239,18 @@ def test_training_teaches_a_guide_the_evidence(nb, tiny, table, evidence, tmp_pa
     a context that is not learned. The loss, -log g of the hidden pixels as a mean over all, falls; the checkpoint is
     read."""
     model, known = copy.deepcopy(tiny).float(), known_mask(0, 1, 2)
-    images, path = nb.sample(tiny, 2000, seed=2), tmp_path / "guide.pt"
+    images, path, loss = nb.sample(tiny, 2000, seed=2), tmp_path / "guide.pt", partial(nb.guide_loss, model)
     recipe = nb.Recipe(6400, warmup=320, decay=1600, batch_size=64, ema_decay=0.9, validate_every=100)
-    start, validation = nb.starting_guide(model, (1, 2)), (images[:500], nb.random_masks(500, model.config, 0))
-    before = nb.bits_of(start, *validation)
-    assert abs(before + nb.guide_pixel_log_probs(nb.Guide(model, start), *validation).mean() / nb.BIT) < 1e-5
+    start, validation = nb.starting_guide(model, (1, 2)), (images[:500], nb.random_masks(500, 3, 3, 0))
+    before = nb.score(start, loss, validation)
     batches = nb.fresh_batches(model, images, recipe, steps=50)
-    trained = nb.train(copy.deepcopy(start), batches, validation, recipe, path)
+    trained = nb.train(copy.deepcopy(start), loss, batches, validation, recipe, path)
     assert trained.history[-1]["validation_bits"] < 0.95 * before
     divergence = torch.zeros(2)
     for image in evidence:
         support, posterior, _ = nb.exact_posterior(*table, image, known)
-        log_g = torch.stack([guide_log_prob(nb, nb.Guide(model, x), support, known) for x in (start, trained)])
+        log_p = nb.log_prob(model, support)
+        log_g = log_p - torch.stack([nb.log_weights(model, support, known, guide) for guide in (start, trained)])
         divergence += (posterior * (posterior.log() - log_g)).sum(dim=1)
     assert divergence[1] < 0.5 * divergence[0]
     assert same(nb.load_checkpoint(path, "cpu", nb.GuideNetwork), trained)
-
-
-def test_bits_are_nats_a_pixel_over_log_2(nb, tiny, evidence):
-    """It would see nats called bits, and a sum called a mean. (A model that guesses evenly among three levels costs
-    log2 3.)"""
-    assert torch.allclose(nb.bits_per_dim(tiny, evidence), nb.log_prob(tiny, evidence) / (-9 * math.log(2)))
-    even = copy.deepcopy(tiny)
-    even.head.weight.zero_()
-    even.head.bias.zero_()
-    assert (nb.bits_per_dim(even, evidence) - math.log2(3)).abs().max() < 1e-12

@@ -1,7 +1,8 @@
 """Run the notebook top to bottom and say, cell by cell, where it is and how long it took; nbconvert is silent.
 
 usage: python .ci/tools/execute.py [--fast] [--publish] [--in FOLDER]
-FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs, its settings as they were.
+FOLDER (default: here) holds PixelCNN.ipynb; after every section it gets the outputs but for progress bars, its settings
+as they were.
 --publish: the released run, from an empty run/. When it has ended, its pictures and the RESULTS below, with what
 calibrate.py found apart for the same weights, replace those of figures/, and the picture of the first screen is drawn
 anew (hero.py).
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 
 TOOLS = Path(__file__).resolve().parent
 APART = TOOLS / "record" / "apart.json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 # Name, what it is, its standard error, n, and how it came about; but for the last expressions in the notebook's names.
 RESULTS = [
@@ -30,33 +32,32 @@ RESULTS = [
     ("smallest_bits_per_pixel", "smallest_bits", None, "len(coarse_validation)",
      "smallest model, 14x14 pixels of four levels"),
     ("small_bits_per_pixel", "small_bits", None, "len(coarse_validation)", "small version, the same images"),
-    ("causality_largest_leak_logit", "trained_leak", None, "14 * 28",
-     "each pixel of the upper half of a test image changed, float64, all outputs at it or before it"),
     ("leaky_smallest_invalid_bits_per_pixel", "leaky_bits", None, "len(coarse_validation)",
      "smallest model with mask B in the first layer: not a likelihood"),
+    ("causality_largest_leak_logit", "trained_leak", None, "14 * 28",
+     "each pixel of the upper half of a test image changed, float64, all outputs at it or before it"),
     ("sample_bits_per_dim", "sample_bits.mean()", "mean_and_error(sample_bits)[1]", "len(sample_bits)",
      "the model's own draws"),
     ("sampler_speedup_vs_naive_batch64", "784 / passes[64]", None, "64",
-     "wall clock, better of two; the naive loop: one pass times 784"),
-    ("sampler_speedup_vs_naive_batch256", "784 / passes[256]", None, "256",
      "wall clock, better of two; the naive loop: one pass in the fastest parts, times 784"),
+    ("sampler_speedup_vs_naive_batch256", "784 / passes[256]", None, "256", "the same"),
     ("sampler_times_one_pass_batch256", "passes[256]", None, "256", "wall clock, better of two"),
-    ("question_a_probability_of_0", "first_pixel_marginal.probs[0]", None, "1", "exact, one softmax"),
-    ("question_b_probability_of_ink", "1 - centre_marginal.probs[0]", "centre_marginal.stderr[0]", "1024", "mean over ancestral beginnings"),
+    ("question_a_probability_of_0", "first_pixel_marginal[0]", None, "1", "exact, one softmax"),
+    ("question_b_probability_of_ink", "1 - centre_marginal[0]", "centre_error[0]", "len(centre_terms)",
+     "mean over the model's draws of p(x_i | x_<i)"),
     ("tiny_total_variation_forward_gibbs", "gibbs_distance['forward Gibbs']", None, "len(wrong)",
      "forward Gibbs against enumeration, 3x3 model"),
     ("tiny_total_variation_weights", "tiny_weighted_distance", None, "len(tiny_found.log_w)",
      "weighted draws of the model alone against enumeration, 3x3 model"),
-    ("any_mask_converged_of_3", "[a.status for a in others.values()].count('converged')", None, "len(others)",
-     "masks of test images 0 and 73"),
+    ("completions_converged_of_6", "[found.status for found in answers.values()].count('converged')", None,
+     "len(answers)", "three tops of test digits, three other masks"),
     ("notebook_minutes", "(time.monotonic() - run_started) / 60", None, "1", "this run, checkpoints loaded"),
 ]
 
 RESULTS_CELL = f"""import json
 (RUN / "results.json").write_text(json.dumps(dict(
     device=where if device.type == "cuda" else f"CPU, {{torch.get_num_threads()}} threads",
-    weights={{file: bytes(fingerprint(network).tolist()).hex()
-             for file, network in (("pixelcnn.pt", model), ("guide.pt", guide_network))}},
+    weights={{file: hashlib.sha256((WEIGHTS / file).read_bytes()).hexdigest() for file in ("pixelcnn.pt", "guide.pt")}},
     results={{name: dict(value=float(eval(value)), stderr=stderr and float(eval(stderr)), n=eval(n), how=how)
              for name, value, stderr, n, how in {RESULTS!r}}})))"""
 
@@ -125,11 +126,15 @@ def main():
     if options.publish:
         shutil.rmtree(folder / "run", ignore_errors=True)
         notebook.cells += last_cells()
-    client = Telling(notebook, record_timing=False, resources={"metadata": {"path": str(folder.resolve())}})
+    client = Telling(notebook, record_timing=False, store_widget_state=False,
+                     resources={"metadata": {"path": str(folder.resolve())}})
 
     def keep():
         kept = copy.deepcopy(notebook)
         kept.cells = kept.cells[:count]
+        for cell in kept.cells:
+            if "outputs" in cell:  # a bar says nothing when it is done (and in a notebook tqdm ignores TQDM_DISABLE)
+                cell.outputs = [x for x in cell.outputs if WIDGET not in x.get("data", {})]
         if options.fast:
             set_fast(kept, False)
         temporary = folder / "PixelCNN.tmp"  # an interrupted write loses nothing

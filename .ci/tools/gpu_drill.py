@@ -3,7 +3,7 @@
 usage: python .ci/tools/gpu_drill.py [--planted]
 Tensors "on cuda" are wrappers around CPU tensors; each operation is checked for devices as CUDA would, and runs on the
 CPU. Each call must give there what it gives on the CPU; training is in float16, as on a T4. Exits 1 if one failed.
---planted: a control, with images that stay where they are, and kernels that are not trained there.
+--planted: a control, with images that stay where they are, and optimisers of another network.
 """
 import contextlib
 import copy
@@ -12,6 +12,8 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 # A CUDA that does nothing, for C++ (the autograd engine, .to), which accepts device cuda:0 then; before torch.
@@ -103,12 +105,6 @@ class Card(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
-    def __format__(self, spec):
-        return format(self.item(), spec)
-
-    def tolist(self):
-        return self.cpu().tolist()
-
     def __reduce_ex__(self, protocol):  # saved as what is in it
         return self.elem.detach().__reduce_ex__(protocol)
 
@@ -134,79 +130,98 @@ assert not torch.backends.cudnn.allow_tf32
 
 torch.manual_seed(0)
 CONFIG = nb.Config(6, 6, 4, embedding=4, channels=12, bottleneck=8, dilations=(1, 2), mean_channels=4)
-RECIPE = nb.Recipe(640, warmup=64, decay=160, batch_size=16, validate_every=10)
+RECIPE = nb.Recipe(640, warmup=64, decay=160, batch_size=16, shift=1, validate_every=10)
 MODEL = nb.PixelCNN(CONFIG).eval().requires_grad_(False)
-NETWORK = nb.starting_guide(MODEL, (1, 2)).requires_grad_(False)
-for parameter in [*MODEL.parameters(), *NETWORK.parameters()]:
+GUIDE = nb.starting_guide(MODEL, (1, 2)).eval().requires_grad_(False)
+for parameter in [*MODEL.parameters(), *GUIDE.parameters()]:
     parameter.add_(0.15 * torch.randn_like(parameter))
-NETWORK.made_for = nb.fingerprint(MODEL)
 IMAGES = nb.sample(MODEL, 40, seed=1)
 KNOWN = torch.arange(36).view(6, 6) >= 18
 
-CALLS = {  # of a guide g, its model m, an image x and a mask k
-    "influence": lambda g, m, x, k: nb.influence(m, x.to(m.device)),
-    "sample_naive": lambda g, m, x, k: nb.sample_naive(m, IMAGES[:3].to(m.device), seed=2),
-    "sample": lambda g, m, x, k: nb.sample(m, 5, image=x, known=k, seed=2),
+
+def told(found):
+    """All that a Weighted says; means of values on its device and on the CPU."""
+    values = found.draws.double()
+    return [*found, found.weights, found.ess, found.k_hat, found.status == "converged", found.log_z, found.pick(4, 1),
+            found.mean(values), found.mean(values.cpu())]
+
+
+CALLS = {  # of a guide g, its model m, images x and a mask k; x is where the model is, or on the CPU
+    "influence": lambda g, m, x, k: nb.influence(m, x[0].to(m.device)),
+    "sample_naive": lambda g, m, x, k: nb.sample_naive(m, x[:3].to(m.device), k, seed=2),
+    "draw_categorical": lambda g, m, x, k: nb.draw_categorical(torch.ones(3, 4).to(m.device), nb.uniforms(5, 3, 2)),
+    "sample": lambda g, m, x, k: nb.sample(m, 5, image=x[0], known=k, seed=torch.Generator().manual_seed(2)),
+    "cached_logits": lambda g, m, x, k: nb.cached_logits(m, x[:3].to(m.device), k.cpu()),
+    "log_prob": lambda g, m, x, k: nb.log_prob(m, x),
+    "given_past": lambda g, m, x, k: nb.given_past(m, x, (3, 2)),
+    "given_rest": lambda g, m, x, k: nb.given_rest(m, x[:3], (3, 2)),
     "marginal": lambda g, m, x, k: nb.marginal(m, (3, 2), 32),
-    "conditional_given_past": lambda g, m, x, k: nb.conditional_given_past(m, x, (3, 2)),
-    "conditional_given_rest": lambda g, m, x, k: nb.conditional_given_rest(m, x, (3, 2)),
-    "conditional_given_future": lambda g, m, x, k: nb.conditional_given_future(m, x, (3, 2), guide=g, most=64),
-    "weighted_draws": lambda g, m, x, k: nb.weighted_draws(g, x, k, 32),
-    "gibbs": lambda g, m, x, k: nb.gibbs(m, x, k, 1, 2),
-    "gibbs by blocks": lambda g, m, x, k: nb.gibbs(m, x, k, 2, 3, IMAGES[:3], g, rows=2, candidates=4),
-    "complete": lambda g, m, x, k: nb.complete(m, x, k, 4, g, 2048),
-    "complete, the model alone": lambda g, m, x, k: nb.complete(m, x, k, 4, most=8),
-    "complete, a prefix": lambda g, m, x, k: nb.complete(m, x, ~k, 4),
-    "the guide's loss": lambda g, m, x, k: nb.bits_of(g.network, IMAGES.to(m.device), k.to(m.device).expand(40, 6, 6)),
-    "fresh_batches": lambda g, m, x, k: nb.fresh_batches(m, IMAGES.to(x), RECIPE, steps=2)(3)}
-
-
-def numbers(answer):
-    """The tensors and numbers of an answer, in a list."""
-    if isinstance(answer, (nb.Estimate, nb.Completion)):
-        answer = list(vars(answer).values())
-    leaves = [x for x in pytree.tree_leaves(answer) if not isinstance(x, (str, type(None)))]
-    return [torch.as_tensor(x).cpu().double() for x in leaves]
+    "conditional": lambda g, m, x, k: nb.conditional(m, x[0], k, (1, 2), 64, g)[:2],
+    "complete": lambda g, m, x, k: told(nb.complete(m, x[0], k, 64, g)),
+    "complete, the model alone": lambda g, m, x, k: told(nb.complete(m, x[0], k, 64)),
+    "complete, a prefix": lambda g, m, x, k: told(nb.complete(m, x[0], ~k, 8, g)),
+    "draw_many": lambda g, m, x, k: nb.draw_many(m, x[0], ~k, 8, 0, g),
+    "log_weights": lambda g, m, x, k: [nb.log_weights(m, x, k, g), nb.log_weights(m, x, k)],
+    "gibbs by pixels": lambda g, m, x, k: nb.gibbs(partial(nb.sweep_by_pixels, m, k), x[:2], 2),
+    "gibbs at once": lambda g, m, x, k: nb.gibbs(partial(nb.sweep_at_once, m, g, k, candidates=4), x[:3], 2),
+    "ink_of, r_hat": lambda g, m, x, k: nb.r_hat(nb.ink_of(x.view(10, 4, 6, 6), k)),
+    "guide_loss": lambda g, m, x, k: nb.score(
+        g, partial(nb.guide_loss, m), [x.to(m.device), k.to(m.device).expand(40, 6, 6)]),
+    "fresh_batches": lambda g, m, x, k: nb.fresh_batches(m, x, RECIPE, steps=2)(3),
+    "image_batches": lambda g, m, x, k: nb.image_batches(m, x, RECIPE)(3)}
 
 
 def compare(call):
     """The card's answers, for images on the CPU and on the card, against the CPU's."""
-    wanted = numbers(call(nb.Guide(MODEL, NETWORK), MODEL, IMAGES[0], KNOWN))
-    for device in ("cpu", "cuda"):
-        model, network = (copy.deepcopy(x).to("cuda") for x in (MODEL, NETWORK))
-        network.p = model.forward
-        found = numbers(call(nb.Guide(model, network), model, IMAGES[0].to(device), KNOWN.to(device)))
-        assert len(found) == len(wanted) > 0
-        assert all(torch.allclose(*pair, rtol=0, atol=1e-5) for pair in zip(found, wanted)), "another answer"
+    answers = []
+    for device, where in (("cpu", "cpu"), ("cuda", "cpu"), ("cuda", "cuda")):
+        networks = (copy.deepcopy(x).to(device) for x in (GUIDE, MODEL))
+        answer = call(*networks, IMAGES.to(where), KNOWN.to(where))
+        answers.append([torch.as_tensor(x).cpu().double() for x in pytree.tree_leaves(answer)])
+    assert all(torch.allclose(x, y, rtol=0, atol=1e-5) for found in answers[1:]
+               for x, y in zip(found, answers[0], strict=True)), "another answer"
 
 
-def trained(*devices):
-    """Weights of a training that is stopped in step 13 on each device but the last."""
+def trained(recipe, *devices):
+    """Weights of a training that is stopped in step 13 on each device but the last, and the precisions of its steps."""
+    steps, precisions = [], set()
+
+    def loss(network, images):
+        if torch.is_grad_enabled():
+            precisions.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32)
+        return nb.model_loss(network, images)
+
     def batches(step):
         if step == 13 and device != devices[-1]:
             raise StopIteration
-        seen.append(step)
-        return [nb.batch_at(IMAGES, RECIPE, step)]
+        steps.append(step)
+        return make(step)
 
-    seen = []
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
         for device in devices:
             torch.manual_seed(1)
+            start = nb.PixelCNN(CONFIG).to(device)
+            make = nb.image_batches(start, IMAGES, recipe)
             with contextlib.suppress(StopIteration):
-                model = nb.train(nb.PixelCNN(CONFIG).to(device), batches, [IMAGES[:20]], RECIPE,
-                                 Path(folder) / "model.pt", save_seconds=0)
-    assert seen == [*range(40)], "it did not go on"
-    return torch.cat([parameter.cpu().flatten() for parameter in model.parameters()])
+                model = nb.train(start, loss, batches, [IMAGES[:20]], recipe, path, save_seconds=0)
+        loaded = nb.load_checkpoint(path)
+    assert steps == [*range(40)], "it did not go on"
+    weights, again = (torch.cat([p.cpu().flatten() for p in x.parameters()]) for x in (model, loaded))
+    assert loaded.device.type == "cuda" and torch.equal(weights, again), "another file"  # "auto" is the card
+    return weights, precisions
 
 
 def training():
-    """In float16 with its scaler, close to float32 on a CPU; also if it is stopped on the other device and goes on."""
-    assert nb.training_dtype(torch.device("cuda")) == torch.float16
-    nb.training_dtype = lambda device: torch.float32 if device.type == "cpu" else torch.float16
-    plain = trained("cpu")
-    for devices in (["cuda"], ["cpu", "cuda"], ["cuda", "cpu"]):
-        found = trained(*devices)
-        assert found.isfinite().all() and 0 < (found - plain).abs().mean() < 0.05 * plain.abs().mean(), devices
+    """In float16 with its scaler, close to float32 on a CPU; if it is stopped it goes on on the other device, in the
+    precision in which it began."""
+    (plain, precisions), half = trained(RECIPE, "cpu"), replace(RECIPE, dtype=torch.float16)
+    assert precisions == {torch.float32}
+    for recipe, *devices in ((RECIPE, "cuda"), (RECIPE, "cuda", "cpu"), (RECIPE, "cpu", "cuda"), (half, "cpu", "cuda")):
+        found, precisions = trained(recipe, *devices)
+        expected = torch.float32 if recipe is RECIPE and devices[0] == "cpu" else torch.float16
+        off = (found - plain).abs().mean() / plain.abs().mean()
+        assert 0 < off < 0.05 and precisions == {expected}, f"{devices}, {precisions}: {off:.2g} away"
 
 
 failed = False

@@ -18,14 +18,16 @@ def question_grids():
         yield np.array(colours, dtype=np.uint8)[np.where(a, 2, k)]
 
 
+tops = [name for name in cases if name.startswith("top of")]
 figure = plt.figure(figsize=(8.6, 1.3 + 0.8 * len(tops)), layout="none")
 top, bottom = figure.add_gridspec(2, 1, height_ratios=[0.8 * len(tops), 1.15], hspace=0.2, left=0.01, right=0.99,
                                   top=0.93, bottom=0.08)
 grid = top.subgridspec(len(tops), 10, width_ratios=[1, 0.75] + [1] * 4 + [0.35] + [1] * 3, hspace=0.08)
 titles = {0: ("known", "k"), 3: ("       completed by this notebook", BLUE), 8: ("by forward Gibbs", ORANGE)}
-for line, ((image, *_), answer) in enumerate(zip(top_cases.values(), tops.values())):
-    verdict = answer.status.replace("not converged", "refused")
-    _, *shown = completed(image, bottom_known, answer.draws, verdict == "refused")
+for line, name in enumerate(tops):
+    (image, *_), found = cases[name], answers[name]
+    verdict = found.status.replace("not converged", "refused")
+    _, *shown = completed(image, bottom_known, found.pick(4, 100), verdict == "refused")
     shown += [tinted(x, bottom_known) for x in sample(model, 3, image=image, known=bottom_known, seed=513)]
     for column, picture in zip((0, 2, 3, 4, 5, 7, 8, 9), shown):
         axis = figure.add_subplot(grid[line, column])
