@@ -63,6 +63,7 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
                        lambda nb, model, n: nb.conditional(model, IMAGE, KNOWN, (0, 1), n)]),
     ("n", [1], [lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
     ("sweeps", [0, -1], [lambda nb, model, sweeps: nb.gibbs(None, TWO, sweeps)]),
+    ("images", [torch.stack([IMAGE, IMAGE + 1])], [lambda nb, model, x: nb.sweep_at_once(model, None, KNOWN, x, None)]),
     ("candidates", [0, 1], [lambda nb, model, some: nb.sweep_at_once(model, None, KNOWN, TWO, None, some)]),
     ("values", [3, 1], [lambda nb, model, states: nb.r_hat(torch.zeros(states, 8))]),
     ("rows, columns", [(10, 10, 3, 9), (3, 9, 10, 9)], [lambda nb, model, sides: nb.all_but(*sides)]),

@@ -52,9 +52,9 @@ def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, pix
 def test_d_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, monkeypatch, known, pixel, learned):
     """40 answers, whatever their status: their mean within 5.9 of its standard errors (the control: the pixel given its
     past alone); in the mean square they are off as much as they say. It would see a mask read in another order, picks
-    without weights, an error of the draws alone or of the picks alone (by the guide there are ten times as many), and
+    without weights, an error of the draws alone or of the picks alone (by the guide there are four times as many), and
     the status of other draws. With one pixel hidden D is E."""
-    monkeypatch.setattr(nb, "PICKED", 240 if learned else 24)
+    monkeypatch.setattr(nb, "PICKED", 96 if learned else 24)
     exact, place = exact_pixel(nb, table, evidence[5], known, pixel), divmod(pixel, 3)
     guide = either_guide(nb, tiny, learned)
     answers = [nb.conditional(tiny, evidence[5], known, place, 512, guide, seed) for seed in range(40)]
