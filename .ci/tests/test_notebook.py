@@ -59,7 +59,7 @@ def test_a_run_makes_what_is_published_and_changes_nothing_else(mnist, tmp_path,
     new = (folder / "PixelCNN.ipynb").read_text()
     assert new.count("whole notebook:") >= 2 and re.search(HERO, new)[2] != re.search(HERO, old)[2]
     assert "widget" not in new and "100%|" not in new  # no progress bars
-    assert new.count("is missing: it is trained") == 2  # FAST loads no weights
+    assert new.count(".pt is missing: it is trained") == 2  # FAST loads no weights
     results = json.loads((folder / "figures" / "results.json").read_text())["results"]
     assert [*results] == [name for name, *_ in RESULTS] and all(math.isfinite(x["value"]) for x in results.values())
     weights, forward = (results[f"tiny_total_variation_{name}"]["value"] for name in ("weights", "forward_gibbs"))

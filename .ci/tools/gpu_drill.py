@@ -163,7 +163,8 @@ CALLS = {  # of a guide g, its model m, images x and a mask k; x is where the mo
     "draw_many": lambda g, m, x, k: nb.draw_many(m, x[0], ~k, 8, 0, g),
     "log_weights": lambda g, m, x, k: [nb.log_weights(m, x, k, g), nb.log_weights(m, x, k)],
     "gibbs by pixels": lambda g, m, x, k: nb.gibbs(partial(nb.sweep_by_pixels, m, k), x[:2], 2),
-    "gibbs at once": lambda g, m, x, k: nb.gibbs(partial(nb.sweep_at_once, m, g, k, candidates=4), x[:3], 2),
+    "gibbs at once": lambda g, m, x, k: nb.gibbs(partial(nb.sweep_at_once, m, g, k, candidates=4),
+                                                 torch.where(k, x[0], x[:3]), 2),
     "ink_of, r_hat": lambda g, m, x, k: nb.r_hat(nb.ink_of(x.view(10, 4, 6, 6), k)),
     "guide_loss": lambda g, m, x, k: nb.score(
         g, partial(nb.guide_loss, m), [x.to(m.device), k.to(m.device).expand(40, 6, 6)]),
