@@ -5,8 +5,9 @@ usage: python .ci/tools/calibrate.py record [--hidden MASK] [--images 100] [--se
        python .ci/tools/calibrate.py judge
 record: images that the model drew, so that the hidden pixels are a draw of the posterior; they are completed, and 2,048
 more draws give a bound of log p(known) from above. MASK is centre, top, disc or chessboard. future: the same for
-question D at (14,14), 40 images. tops: the first twenty test images' tops, by 2,048 draws and by 16,384.
-A case is a line: number, seed, ess, k_hat, log_z, error, bound, bound_error, place_p, place_w, outweighs. The first
+question D at (14,14), 40 images, and the place of the pixel's own level in D's distribution. tops: the first twenty test images' tops, by 2,048 draws and by 16,384.
+A case is a line: number, seed, ess, k_hat, log_z, error, bound, bound_error, place_p, place_w, outweighs (and
+place_level). The first
 line of a file names weights and draws; with others it is refused. The same command goes on where it stopped, and two of
 them, with --part 0/2 and --part 1/2, share the images. judge: what the cases say, for apart.json, which a published run
 takes over. (--folder, --draws: for a trial.)
@@ -88,11 +89,17 @@ def record(nb, kind, mask, images, seed, draws, options):
     for number in range(part, len(images), parts):
         own, image = seed + 1 + number, images[number]  # the seed itself drew the images
         if (number, own) not in done:
-            found = nb.complete(model, image, known, draws, guide, own)
+            generator = torch.Generator().manual_seed(own)
+            found = nb.complete(model, image, known, draws, guide, generator)
             _, more, _ = nb.draw_many(model, image, known, min(draws, MORE), 10**6 + own, guide)
             log_p = nb.log_prob(model, image[None]).item()
             log_w = nb.log_weights(model, image[None], known, guide).item()
-            line = json.dumps(case_of(number, own, found, log_p, log_w, more))
+            case = case_of(number, own, found, log_p, log_w, more)
+            if kind == "future":  # as `conditional` does
+                probs = nb.given_rest(model, found.pick(nb.PICKED, generator), (14, 14)).mean(dim=0)
+                luck = torch.rand((), generator=generator).item()
+                case["place_level"] = place_of(image[14, 14].item(), torch.arange(256), probs, luck)
+            line = json.dumps(case)
             with path.open("a") as file:  # one write, at once whole
                 file.write(line + "\n")
             print(f"{kind}: {line}", flush=True)
@@ -127,10 +134,10 @@ def judgement(cases):
     found["median_error"] = (np.median([case["error"] for case in cases]), None, n, "of log_z, nats")
     found["widest_gap"] = (gaps.max(), None, n, "bound from above minus log_z, nats")
     found["truths_that_outweigh_all"] = (sum(case["outweighs"] for case in cases), None, n, f"the sum of {MORE} draws")
-    for by in ("p", "w"):
+    for by in [name for name in ("p", "w", "level") if f"place_{name}" in cases[0]]:
         places = [case[f"place_{by}"] for case in cases]
         quarters = np.histogram(places, [0, 0.25, 0.5, 0.75, 1 + 1e-9])[0]
-        how = f"of the truth by log {by}; 0.5 if all is right"
+        how = f"of the truth by {by}; 0.5 if all is right"
         found[f"mean_place_{by}"] = (np.mean(places), (12 * n) ** -0.5, n, how)
         found[f"quarters_{by}_p"] = (stats.chisquare(quarters).pvalue, None, n, f"truths in each: {quarters.tolist()}")
     return found
