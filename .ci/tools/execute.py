@@ -132,6 +132,7 @@ def main():
     def keep():
         kept = copy.deepcopy(notebook)
         kept.cells = kept.cells[:count]
+        kept.metadata.pop("widgets", None)  # of an earlier run; GitHub does not show a notebook that has them
         for cell in kept.cells:
             if "outputs" in cell:  # a bar says nothing when it is done (and in a notebook tqdm ignores TQDM_DISABLE)
                 cell.outputs = [x for x in cell.outputs if WIDGET not in x.get("data", {})]
