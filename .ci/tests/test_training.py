@@ -244,7 +244,8 @@ def test_an_epoch_sees_each_image_once_and_is_a_function_of_the_step(nb, recipe)
 def test_images_are_shifted_by_whole_pixels_while_the_rates_do_not_fall(nb, task, images, recipe):
     """Each of 2,500 images without a zero is one of the 25 that a move by -2..2 gives, zeros coming in, and all 25 come
     equally often. The last ten of 40 steps see the images of batch_at; the others these, each step moved in its own
-    way, whatever was asked before. It would see a network that ends on what no digit looks like. The control: shift 0."""
+    way, whatever was asked before. It would see a network that ends on what no digit looks like. The control: shift
+    0."""
     ones, moves = random_images(2500, 7, 6, 200) + 1, [(down, right) for down in range(5) for right in range(5)]
     wide, found = torch.nn.functional.pad(ones, (2, 2, 2, 2)), nb.shifted(ones, 2, 7)
     often = torch.stack([(found == wide[:, down : down + 7, right : right + 6]).all(dim=(1, 2)).sum()

@@ -5,12 +5,12 @@ usage: python .ci/tools/calibrate.py record [--hidden MASK] [--images 100] [--se
        python .ci/tools/calibrate.py judge
 record: images that the model drew, so that the hidden pixels are a draw of the posterior; they are completed, and 2,048
 more draws give a bound of log p(known) from above. MASK is centre, top, disc or chessboard. future: the same for
-question D at (14,14), 40 images, and the place of the pixel's own level in D's distribution. tops: the first twenty test images' tops, by 2,048 draws and by 16,384.
-A case is a line: number, seed, ess, k_hat, log_z, error, bound, bound_error, place_p, place_w, outweighs (and
-place_level). The first
-line of a file names weights and draws; with others it is refused. The same command goes on where it stopped, and two of
-them, with --part 0/2 and --part 1/2, share the images. judge: what the cases say, for apart.json, which a published run
-takes over. (--folder, --draws: for a trial.)
+question D at (14,14), 40 images, and the place of the pixel's own level in D's distribution. tops: the first twenty
+test images' tops, by 2,048 draws and by 16,384.
+A case is a line: number, seed, ess, k_hat, log_z, error, bound, bound_error, place_p, place_w, outweighs (and of D
+place_level). The first line of a file names weights and draws; with others it is refused. The same command goes on
+where it stopped, and two of them, with --part 0/2 and --part 1/2, share the images. judge: what the cases say, for
+apart.json, which a published run takes over. (--folder, --draws: for a trial.)
 """
 import argparse
 import hashlib
@@ -68,10 +68,15 @@ def case_of(number, seed, found, log_p, log_w, more):
                 outweighs=log_w > more.logsumexp(0).item())
 
 
+def head_of(draws):
+    """The first line of a file of cases: of which weights they are, and of how many draws."""
+    return dict(weights={file: digest[:16] for file, digest in digests().items()}, draws=draws)
+
+
 def read(path, draws=None):
     """The cases of a file; ValueError if they are of other weights, or not of so many draws."""
     head, *cases = map(json.loads, path.read_text().splitlines())
-    expected = dict(weights={file: digest[:16] for file, digest in digests().items()}, draws=draws or head["draws"])
+    expected = head_of(draws or head["draws"])
     if head != expected:
         raise ValueError(f"{path}: expected cases of {expected}, got {head}; move it away")
     return cases
@@ -82,8 +87,7 @@ def record(nb, kind, mask, images, seed, draws, options):
     (model, guide), known, path = released(nb), known_mask(mask), options.folder / f"{kind}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        weights = {file: digest[:16] for file, digest in digests().items()}
-        path.write_text(json.dumps(dict(weights=weights, draws=draws)) + "\n")
+        path.write_text(json.dumps(head_of(draws)) + "\n")
     done = {(case["number"], case["seed"]) for case in read(path, draws)}
     part, parts = map(int, options.part.split("/"))
     for number in range(part, len(images), parts):
