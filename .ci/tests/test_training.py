@@ -4,7 +4,10 @@ import contextlib
 import copy
 import math
 import pickle
+import os
 import random
+import threading
+import types
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -12,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import train as by_two
 from conftest import FALSE_ALARM, ROOT, Payload, random_images, same
+from definitions import definitions
 from scipy import stats
 
 
@@ -173,6 +178,48 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, task, recipe, tmp_p
             for weights, average, *optimisers, scaler in states[35:38])
         assert all(map(torch.equal, kept, after)) and not any(map(torch.equal, after, later))
         assert states[36][4]["scale"] == states[35][4]["scale"] / 2
+
+
+@pytest.mark.parametrize("encoder", [(), (1,)])
+def test_two_processes_train_as_one_does(nb, task, config, images, recipe, tmp_path, monkeypatch, encoder):
+    """What makes the released weights, as two threads and not compiled: the weights and the history are those of
+    `train`. It would see a layer that is another one, a part of a batch, or of the fresh draws, that is left out or
+    counts twice. The control: without what the second finds they end elsewhere."""
+    monkeypatch.setattr(torch.optim, "Muon", lambda matrices, rate, weight_decay: torch.optim.SGD(matrices, rate))
+    expected, found = train(nb, task(encoder), recipe, tmp_path / "one.pt"), []  # Muon rounds, to bfloat16
+
+    def made(nb, options):
+        torch.manual_seed(0)
+        model = nb.PixelCNN(config)
+        if not encoder:
+            return model, nb.model_loss, nb.image_batches(model, images, recipe), [images[:20]], recipe
+        guide = nb.starting_guide(model.eval().requires_grad_(False), encoder)
+        validation = [images[:20], nb.random_masks(20, *model.size, seed=0)]
+        return guide, partial(nb.guide_loss, model), nb.fresh_batches(model, images, recipe), validation, recipe
+
+    monkeypatch.setattr(by_two, "task", made)
+    monkeypatch.setattr(torch, "compile", lambda loss, dynamic: loss)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: None)
+    monkeypatch.setattr(by_two.Half, "parts", lambda self, *batch: [*zip(*(x.split(4) for x in batch))][self.rank :: 2])
+    size = sum(p.numel() for p in expected.parameters())
+    for folder, lost in (("two", False), ("lost", True)):
+        options = types.SimpleNamespace(network="guide" if encoder else "model", one_core=False, folder=tmp_path / folder)
+        weights, gradients, draws = torch.zeros(size), torch.zeros(size + 1), torch.zeros(64, 5, 4, dtype=torch.uint8)
+        step, barrier = types.SimpleNamespace(value=0), threading.Barrier(2)
+        lead, second = (by_two.Half(rank, by_two.prepared(definitions()), options, (
+            weights, gradients.clone() if rank and lost else gradients, draws, types.SimpleNamespace(), step, barrier))
+            for rank in (0, 1))
+        helping = threading.Thread(target=second.help)
+        helping.start()
+        lead.lead()
+        helping.join(60)
+        assert not helping.is_alive()
+        network = nb.load_checkpoint(options.folder / ("guide.pt" if encoder else "pixelcnn.pt"), "cpu", type(expected))
+        off = max((a - b).abs().max() for a, b in zip(network.parameters(), expected.parameters()))
+        bits = [abs(entry["train_bits"] - other["train_bits"])
+                for entry, other in zip(network.history, expected.history, strict=True)]
+        found.append((off, max(bits)))
+    assert max(found[0]) < 3e-3 < 1e-2 < min(found[1]), found
 
 
 def test_muon_moves_kernels_as_the_matrices_that_they_are(nb, task, images, recipe):
