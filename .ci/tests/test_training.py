@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import math
-import pickle
 import os
+import pickle
 import random
 import threading
 import types
@@ -24,7 +24,7 @@ from scipy import stats
 @pytest.fixture
 def task(nb, config, images, recipe):
     """A function: a network, always the same, its loss, batches and validation batch; with an encoder a guide's."""
-    def new(encoder=(), images=images, **sizes):
+    def new(encoder=(), images=images, nb=nb, **sizes):
         torch.manual_seed(0)
         model = nb.PixelCNN(replace(config, **sizes))
         if not encoder:
@@ -181,34 +181,25 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, task, recipe, tmp_p
 
 
 @pytest.mark.parametrize("encoder", [(), (1,)])
-def test_two_processes_train_as_one_does(nb, task, config, images, recipe, tmp_path, monkeypatch, encoder):
+def test_two_processes_train_as_one_does(nb, task, recipe, tmp_path, monkeypatch, encoder):
     """What makes the released weights, as two threads and not compiled: the weights and the history are those of
     `train`. It would see a layer that is another one, a part of a batch, or of the fresh draws, that is left out or
     counts twice. The control: without what the second finds they end elsewhere."""
     monkeypatch.setattr(torch.optim, "Muon", lambda matrices, rate, weight_decay: torch.optim.SGD(matrices, rate))
     expected, found = train(nb, task(encoder), recipe, tmp_path / "one.pt"), []  # Muon rounds, to bfloat16
 
-    def made(nb, options):
-        torch.manual_seed(0)
-        model = nb.PixelCNN(config)
-        if not encoder:
-            return model, nb.model_loss, nb.image_batches(model, images, recipe), [images[:20]], recipe
-        guide = nb.starting_guide(model.eval().requires_grad_(False), encoder)
-        validation = [images[:20], nb.random_masks(20, *model.size, seed=0)]
-        return guide, partial(nb.guide_loss, model), nb.fresh_batches(model, images, recipe), validation, recipe
-
-    monkeypatch.setattr(by_two, "task", made)
     monkeypatch.setattr(torch, "compile", lambda loss, dynamic: loss)
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: None)
     monkeypatch.setattr(by_two.Half, "parts", lambda self, *batch: [*zip(*(x.split(4) for x in batch))][self.rank :: 2])
-    size = sum(p.numel() for p in expected.parameters())
+    size = nb.count_parameters(expected)
     for folder, lost in (("two", False), ("lost", True)):
-        options = types.SimpleNamespace(network="guide" if encoder else "model", one_core=False, folder=tmp_path / folder)
+        options = types.SimpleNamespace(
+            network="guide" if encoder else "model", one_core=False, folder=tmp_path / folder)
         weights, gradients, draws = torch.zeros(size), torch.zeros(size + 1), torch.zeros(64, 5, 4, dtype=torch.uint8)
         step, barrier = types.SimpleNamespace(value=0), threading.Barrier(2)
-        lead, second = (by_two.Half(rank, by_two.prepared(definitions()), options, (
+        lead, second = (by_two.Half(rank, other, options, (*task(encoder, nb=other), recipe), (
             weights, gradients.clone() if rank and lost else gradients, draws, types.SimpleNamespace(), step, barrier))
-            for rank in (0, 1))
+            for rank, other in enumerate(by_two.prepared(definitions()) for _ in range(2)))
         helping = threading.Thread(target=second.help)
         helping.start()
         lead.lead()

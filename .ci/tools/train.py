@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the notebook does, before torch is imported
 from definitions import ROOT, definitions
 import torch
 import torch.multiprocessing as mp
@@ -31,33 +31,32 @@ def convolve(x, conv, shown):
     return F.linear(seen, matrix, conv.bias).movedim(3, 1)
 
 
-def masked(conv, x, cache=None):
-    if cache is not None:
-        return cache.convolve(conv, x)
-    rows, columns = conv.kernel_size
-    last = columns // 2 + (conv.kind == "B")  # in the pixel's own row
-    shown = [(r, c) for r in range(rows) for c in range(columns if r < rows - 1 else last)]
-    return convolve(F.pad(x, (conv.side, conv.side, conv.top, 0)), conv, shown)
-
-
-def all_around(conv, x, cache=None):
-    size = conv.kernel_size[0]
-    side = size // 2 * conv.dilation[0]
-    return convolve(F.pad(x, (side,) * 4), conv, [(r, c) for r in range(size) for c in range(size)])
-
-
-def sums_so_far(x, layer, cache):
-    """Along each row, plus all rows above: by triangular matrices, in float32."""
-    if cache is not None:
-        return cache.add(layer, x if x.shape[2] == 1 else x.flatten(1, 2).cumsum(dim=1).view_as(x))
-    with torch.autocast("cpu", enabled=False):
-        in_row = x.new_ones(x.shape[2], x.shape[2]).tril() @ x
-        above = x.new_ones(x.shape[1], x.shape[1]).tril(-1) @ in_row[:, :, -1]
-    return in_row + above[:, :, None]
-
-
 def prepared(nb):
-    """The notebook's definitions, with these layers."""
+    """The notebook's definitions; where no cache is, with these layers."""
+    cached_conv, cached_sums = nb.MaskedConv2d.forward, nb.sums_so_far
+
+    def masked(conv, x, cache=None):
+        if cache is not None:
+            return cached_conv(conv, x, cache)
+        rows, columns = conv.kernel_size
+        last = columns // 2 + (conv.kind == "B")  # in the pixel's own row
+        shown = [(r, c) for r in range(rows) for c in range(columns if r < rows - 1 else last)]
+        return convolve(F.pad(x, (conv.side, conv.side, conv.top, 0)), conv, shown)
+
+    def all_around(conv, x, cache=None):
+        size = conv.kernel_size[0]
+        side = size // 2 * conv.dilation[0]
+        return convolve(F.pad(x, (side,) * 4), conv, [(r, c) for r in range(size) for c in range(size)])
+
+    def sums_so_far(x, layer, cache):
+        """Along each row, plus all rows above: by triangular matrices, in float32."""
+        if cache is not None:
+            return cached_sums(x, layer, cache)
+        with torch.autocast("cpu", enabled=False):
+            in_row = x.new_ones(x.shape[2], x.shape[2]).tril() @ x
+            above = x.new_ones(x.shape[1], x.shape[1]).tril(-1) @ in_row[:, :, -1]
+        return in_row + above[:, :, None]
+
     nb.MaskedConv2d.forward, nb.AllAroundConv2d.forward, nb.sums_so_far = masked, all_around, sums_so_far
     nb.RunningMean.__init__.__defaults__ = (sums_so_far,)
     return nb
@@ -82,16 +81,15 @@ def task(nb, options):
 
 
 class Half:
-    """One of two processes. shared: weights; gradients, and nats, of the second; draws; parts taken; step; a barrier."""
+    """One of two processes. shared: weights; gradients and nats of the second; draws; parts taken; step; a barrier."""
 
-    def __init__(self, rank, nb, options, shared):
+    def __init__(self, rank, nb, options, task, shared):
         self.rank, self.nb, self.options = rank, nb, options
         self.weights, self.gradients, self.draws, self.taken, self.step, self.barrier = shared
-        torch.set_num_threads(1)
+        self.network, self.loss, self.batches, self.validation, self.recipe = task
         if not options.one_core:
             os.sched_setaffinity(0, {rank})
             nb.sample = self.sample
-        self.network, self.loss, self.batches, self.validation, self.recipe = task(nb, options)
         self.network.requires_grad_(True)
         self.compiled = torch.compile(self.loss, dynamic=False)
 
@@ -172,7 +170,9 @@ class Half:
 
 
 def second(options, *shared):
-    Half(1, prepared(definitions()), options, shared).help()
+    torch.set_num_threads(1)
+    nb = prepared(definitions())
+    Half(1, nb, options, task(nb, options), shared).help()
 
 
 def main():
@@ -182,14 +182,16 @@ def main():
     parser.add_argument("--images", type=int)
     parser.add_argument("--one-core", action="store_true", help="one process, on whatever core")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     nb, processes = prepared(definitions()), mp.get_context("spawn")
-    size = sum(p.numel() for p in task(nb, options)[0].parameters())
+    own = task(nb, options)
+    size = nb.count_parameters(own[0])
     shared = [torch.zeros(size).share_memory_(), torch.zeros(size + 1).share_memory_(),
               torch.zeros(256, 28, 28, dtype=torch.uint8).share_memory_(),
               processes.Value("i"), processes.Value("i"), processes.Barrier(2)]
     if not options.one_core:
         processes.Process(target=second, args=(options, *shared), daemon=True).start()
-    Half(0, nb, options, shared).lead()
+    Half(0, nb, options, own, shared).lead()
 
 
 if __name__ == "__main__":
