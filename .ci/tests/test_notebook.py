@@ -143,8 +143,8 @@ def test_the_judge_of_recorded_cases_tells_truths_from_others(nb, shift, uniform
         x = 2 * torch.randn(901, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         x[0] = x[0] / 2 + shift  # the truth
         log_w = math.log(2) - x**2 / 2 + (x / 2) ** 2 / 2  # p/g; log Z is 0
-        found = nb.Weighted(x[1:501, None, None], log_w[1:501], x[1:501])
-        case = partial(case_of, number, number, found, x[0].item(), log_w[0].item())
+        found = nb.Weighted(x[1:501, None, None], log_w[1:501])
+        case = partial(case_of, number, number, found, x[1:501], x[0].item(), log_w[0].item())
         cases.append(case(log_w[500:]))
         inverse.append([math.exp(-case(log_w[500:504])["bound"]), 1 / log_w[501:505].exp().mean().item()])
     bins = binned([*cases, dict(ess=3.0, k_hat=0.1)])

@@ -183,19 +183,19 @@ def test_where_float16_overflows_neither_optimiser_steps(nb, task, recipe, tmp_p
 @pytest.mark.parametrize("encoder", [(), (1,)])
 def test_two_processes_train_as_one_does(nb, task, recipe, tmp_path, monkeypatch, encoder):
     """What makes the released weights, as two threads and not compiled: the weights and the history are those of
-    `train`. It would see a layer that is another one, a part of a batch, or of the fresh draws, that is left out or
-    counts twice. The control: without what the second finds they end elsewhere."""
+    `train`. It would see a layer that is another one, a part of a batch, of the fresh draws, or a row that hides
+    something, that is left out or counts twice. The control: without what the second finds they end elsewhere."""
     monkeypatch.setattr(torch.optim, "Muon", lambda matrices, rate, weight_decay: torch.optim.SGD(matrices, rate))
     expected, found = train(nb, task(encoder), recipe, tmp_path / "one.pt"), []  # Muon rounds, to bfloat16
 
     monkeypatch.setattr(torch, "compile", lambda loss, dynamic: loss)
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: None)
-    monkeypatch.setattr(by_two.Half, "parts", lambda self, *batch: [*zip(*(x.split(4) for x in batch))][self.rank :: 2])
+    monkeypatch.setattr(by_two.Half, "parts", lambda self, *batch: by_two.parts_of(*batch)[self.rank :: 2])
     size = nb.count_parameters(expected)
     for folder, lost in (("two", False), ("lost", True)):
         options = types.SimpleNamespace(
             network="guide" if encoder else "model", one_core=False, folder=tmp_path / folder)
-        weights, gradients, draws = torch.zeros(size), torch.zeros(size + 1), torch.zeros(64, 5, 4, dtype=torch.uint8)
+        weights, gradients, draws = torch.zeros(size), torch.zeros(size + 1), torch.zeros(128, 5, 4, dtype=torch.uint8)
         step, barrier = types.SimpleNamespace(value=0), threading.Barrier(2)
         lead, second = (by_two.Half(rank, other, options, (*task(encoder, nb=other), recipe), (
             weights, gradients.clone() if rank and lost else gradients, draws, types.SimpleNamespace(), step, barrier))

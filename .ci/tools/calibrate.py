@@ -54,8 +54,8 @@ def place_of(truth, values, weights, luck):
     return (weights[(values < truth) & ~equal].sum() + luck * weights[equal].sum()).item()
 
 
-def case_of(number, seed, found, log_p, log_w, more):
-    """What is recorded of a Weighted, of the truth's log p and log w, and of log w of draws that are not the answer's.
+def case_of(number, seed, found, log_ps, log_p, log_w, more):
+    """What is recorded of a Weighted and its log p, of the truth's log p and log w, and of log w of other draws.
 
     Given K the truth is a draw of the posterior, so one over the mean weight of it and fresh draws is 1 / Z on average,
     and the mean's log lies above log Z, in expectation."""
@@ -63,7 +63,7 @@ def case_of(number, seed, found, log_p, log_w, more):
     bound, bound_error = found._replace(log_w=torch.cat([more.new_tensor([log_w]), more[1:]])).log_z
     log_z, error = found.log_z
     return dict(number=number, seed=seed, ess=found.ess, k_hat=found.k_hat, log_z=log_z, error=error, bound=bound,
-                bound_error=bound_error, place_p=place_of(log_p, found.log_p, found.weights, luck[0]),
+                bound_error=bound_error, place_p=place_of(log_p, log_ps, found.weights, luck[0]),
                 place_w=place_of(log_w, found.log_w, found.weights, luck[1]),
                 outweighs=log_w > more.logsumexp(0).item())
 
@@ -95,10 +95,10 @@ def record(nb, kind, mask, images, seed, draws, options):
         if (number, own) not in done:
             generator = torch.Generator().manual_seed(own)
             found = nb.complete(model, image, known, draws, guide, generator)
-            _, more, _ = nb.draw_many(model, image, known, min(draws, MORE), 10**6 + own, guide)
+            _, more = nb.draw_many(model, image, known, min(draws, MORE), 10**6 + own, guide)
             log_p = nb.log_prob(model, image[None]).item()
             log_w = nb.log_weights(model, image[None], known, guide).item()
-            case = case_of(number, own, found, log_p, log_w, more)
+            case = case_of(number, own, found, nb.log_prob(model, found.draws), log_p, log_w, more)
             if kind == "future":  # as `conditional` does
                 probs = nb.given_rest(model, found.pick(nb.PICKED, generator), (14, 14)).mean(dim=0)
                 luck = torch.rand((), generator=generator).item()

@@ -1,9 +1,10 @@
 """Train the released networks by the notebook's own `train` and recipes, faster on a CPU of two cores.
 
 usage: python .ci/tools/train.py model|guide FOLDER [--images N] [--one-core]
-The guide's model is FOLDER/pixelcnn.pt. A training that was stopped goes on. Two things are other than in the notebook,
-and give the same but for rounding: its layers are written as single products, which torch.compile makes fast; and two
-processes share the parts of each batch, and the draws of the guide's. (--images: a shorter training, for a trial.)
+The guide's model is FOLDER/pixelcnn.pt. A training that was stopped goes on. Three things are other than in the
+notebook, and give the same but for rounding: its layers are written as single products, which torch.compile makes fast;
+two processes share the parts of each batch, and the draws of the guide's; and rows below the last hidden one, which add
+nothing to the guide's loss, are left out. (--images: a shorter training, for a trial.)
 """
 import argparse
 import os
@@ -21,10 +22,10 @@ PART = 4  # images of one pass
 PATIENCE = 900  # seconds; then the other process is gone
 
 
-def convolve(x, conv, shown):
-    """A convolution of x [n, inputs, height, width], padded, as one product over the taps that are shown."""
+def convolve(x, conv, shown, side, top, below):
+    """A convolution of x [n, inputs, height, width] as one product over the taps that are shown."""
     spread, (rows, columns) = conv.dilation[0], conv.kernel_size
-    x = x.movedim(1, 3)
+    x = F.pad(x.movedim(1, 3), (0, 0, side, side, top, below))
     height, width = x.shape[1] - (rows - 1) * spread, x.shape[2] - (columns - 1) * spread
     seen = torch.cat([x[:, r * spread :][:, :height, c * spread :][:, :, :width] for r, c in shown], dim=-1)
     matrix = torch.cat([conv.weight[:, :, r, c] for r, c in shown], dim=1)
@@ -41,12 +42,12 @@ def prepared(nb):
         rows, columns = conv.kernel_size
         last = columns // 2 + (conv.kind == "B")  # in the pixel's own row
         shown = [(r, c) for r in range(rows) for c in range(columns if r < rows - 1 else last)]
-        return convolve(F.pad(x, (conv.side, conv.side, conv.top, 0)), conv, shown)
+        return convolve(x, conv, shown, conv.side, conv.top, 0)
 
     def all_around(conv, x, cache=None):
         size = conv.kernel_size[0]
         side = size // 2 * conv.dilation[0]
-        return convolve(F.pad(x, (side,) * 4), conv, [(r, c) for r in range(size) for c in range(size)])
+        return convolve(x, conv, [(r, c) for r in range(size) for c in range(size)], side, side, side)
 
     def sums_so_far(x, layer, cache):
         """Along each row, plus all rows above: by triangular matrices, in float32."""
@@ -57,9 +58,32 @@ def prepared(nb):
             above = x.new_ones(x.shape[1], x.shape[1]).tril(-1) @ in_row[:, :, -1]
         return in_row + above[:, :, None]
 
+    def guide_loss(model, guide, images, known):
+        """The same mean. known: bool [n, rows, w], the first rows of the masks; below them all is known."""
+        height = images.shape[1]
+        seen = images[:, : known.shape[1]]
+        context = guide.context(images, F.pad(known, (0, 0, 0, height - known.shape[1]), value=True))
+        losses = F.cross_entropy(guide.propose(model(seen), seen, context), seen.long(), reduction="none")
+        return losses.masked_fill(known, 0).sum() / images.numel()
+
     nb.MaskedConv2d.forward, nb.AllAroundConv2d.forward, nb.sums_so_far = masked, all_around, sums_so_far
     nb.RunningMean.__init__.__defaults__ = (sums_so_far,)
+    nb.guide_loss = guide_loss
     return nb
+
+
+def parts_of(images, known=None):
+    """Parts of a batch; a guide's as (images, masks [n, rows, w]), those of most rows first."""
+    if known is None:
+        return [(part,) for part in images.split(PART)]
+    height = known.shape[1]
+    last = ((~known).any(dim=2) * torch.arange(1, height + 1)).amax(dim=1)  # the number of the last row that hides
+    order = last.argsort(descending=True, stable=True)
+    parts = []
+    for own in order.split(PART):
+        few = [rows for rows in (height // 2 + 1, 3 * height // 4 + 1) if rows >= last[own[0]]]  # few shapes to compile
+        parts.append((images[own], known[own, : min([height, *few])]))
+    return parts
 
 
 def task(nb, options):
@@ -108,7 +132,7 @@ class Half:
 
     def parts(self, *batch):
         """Parts that the other process has not taken."""
-        parts = [*zip(*(x.split(PART) for x in batch), strict=True)]
+        parts = parts_of(*batch)
         while True:
             with self.taken.get_lock():
                 number = self.taken.value
@@ -187,7 +211,7 @@ def main():
     own = task(nb, options)
     size = nb.count_parameters(own[0])
     shared = [torch.zeros(size).share_memory_(), torch.zeros(size + 1).share_memory_(),
-              torch.zeros(256, 28, 28, dtype=torch.uint8).share_memory_(),
+              torch.zeros(512, 28, 28, dtype=torch.uint8).share_memory_(),
               processes.Value("i"), processes.Value("i"), processes.Barrier(2)]
     if not options.one_core:
         processes.Process(target=second, args=(options, *shared), daemon=True).start()
