@@ -97,6 +97,9 @@ def task(nb, options):
     torch.manual_seed(0)
     if options.network == "model":
         model = nb.PixelCNN(nb.Config())
+        if options.start:
+            model = nb.load_checkpoint(options.start, "cpu")
+            recipe = replace(recipe, images=1_000_000, decay=500_000, shift=1)
         return model, nb.model_loss, nb.image_batches(model, images, recipe), [validation], recipe
     model = nb.load_checkpoint(options.folder / "pixelcnn.pt", "cpu")
     masks = nb.random_masks(len(validation), 28, 28, seed=0)
@@ -204,6 +207,7 @@ def main():
     parser.add_argument("network", choices=["model", "guide"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int)
+    parser.add_argument("--start", type=Path, help="a released model, to be trained once more")
     parser.add_argument("--one-core", action="store_true", help="one process, on whatever core")
     options = parser.parse_args()
     torch.set_num_threads(1)
