@@ -99,7 +99,7 @@ def task(nb, options):
         model = nb.PixelCNN(nb.Config())
         if options.start:
             model = nb.load_checkpoint(options.start, "cpu")
-            recipe = replace(recipe, images=1_000_000, decay=500_000, shift=1)
+            recipe = replace(recipe, images=800_000, decay=500_000, shift=1)
         return model, nb.model_loss, nb.image_batches(model, images, recipe), [validation], recipe
     model = nb.load_checkpoint(options.folder / "pixelcnn.pt", "cpu")
     masks = nb.random_masks(len(validation), 28, 28, seed=0)
