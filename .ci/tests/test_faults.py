@@ -57,15 +57,15 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
         lambda nb, model, pixel: nb.given_rest(model, TWO, pixel),
         lambda nb, model, pixel: nb.conditional(model, IMAGE, KNOWN, pixel)]),
     ("pixel(?=: expected a hidden one)", [(2, 2)], [lambda nb, model, x: nb.conditional(model, IMAGE, KNOWN, x)]),
-    ("n", [0, -1], [lambda nb, model, n: nb.sample(model, n), lambda nb, model, n: nb.complete(model, IMAGE, ~KNOWN, n),
+    ("n", [0, -1, 10.0], [lambda nb, model, n: nb.sample(model, n), lambda nb, model, n: nb.complete(model, IMAGE, ~KNOWN, n),
                     lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
     ("n", [0, 1, 19], [lambda nb, model, n: nb.complete(model, IMAGE, KNOWN, n),
                        lambda nb, model, n: nb.conditional(model, IMAGE, KNOWN, (0, 1), n)]),
     ("n", [1], [lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
-    ("sweeps", [0, -1], [lambda nb, model, sweeps: nb.gibbs(None, TWO, sweeps)]),
+    ("sweeps", [0, -1, 2.0], [lambda nb, model, sweeps: nb.gibbs(None, TWO, sweeps)]),
     ("images", [torch.stack([IMAGE, IMAGE + 1])], [lambda nb, model, x: nb.sweep_at_once(model, None, KNOWN, x, None)]),
-    ("candidates", [0, 1], [lambda nb, model, some: nb.sweep_at_once(model, None, KNOWN, TWO, None, some)]),
-    ("values", [3, 1], [lambda nb, model, states: nb.r_hat(torch.zeros(states, 8))]),
+    ("candidates", [0, 1, 2.0], [lambda nb, model, some: nb.sweep_at_once(model, None, KNOWN, TWO, None, some)]),
+    ("states in values", [3, 1], [lambda nb, model, states: nb.r_hat(torch.zeros(states, 8))]),
     ("rows, columns", [(10, 10, 3, 9), (3, 9, 10, 9)], [lambda nb, model, sides: nb.all_but(*sides)]),
     ("batch_size", [3], [lambda nb, model, size: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=size))]),
     ("recipe", [1, 0], [lambda nb, model, images: train(nb, warmup=0, images=images)]),
@@ -76,7 +76,7 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
       for name in ("SAVE_DIR", "TRAINING")),
     *((f"(?=.*{re.escape(f'{name}={value}')})config", [value],  # what is wrong is in the message
        [lambda nb, model, wrong, name=name: replace(model.config, **{name: wrong})])
-      for name, value in dict(channels=0, levels=257, height=2.5, dilations=(1, 0), encoder=(0,), embedding=1,
+      for name, value in dict(channels=0, levels=257, height=2.5, width=True, dilations=(1, 0), encoder=(0,), embedding=1,
                               mean_channels=-1).items())]
 
 

@@ -156,7 +156,7 @@ CALLS = {  # of a guide g, its model m, images x and a mask k; x is where the mo
     "given_past": lambda g, m, x, k: nb.given_past(m, x, (3, 2)),
     "given_rest": lambda g, m, x, k: nb.given_rest(m, x[:3], (3, 2)),
     "marginal": lambda g, m, x, k: nb.marginal(m, (3, 2), 32),
-    "conditional": lambda g, m, x, k: nb.conditional(m, x[0], k, (1, 2), 64, g)[:2],
+    "conditional": lambda g, m, x, k: nb.mean_of_picked(*nb.conditional(m, x[0], k, (1, 2), 64, g)),
     "complete": lambda g, m, x, k: told(nb.complete(m, x[0], k, 64, g)),
     "complete, the model alone": lambda g, m, x, k: told(nb.complete(m, x[0], k, 64)),
     "complete, a prefix": lambda g, m, x, k: told(nb.complete(m, x[0], ~k, 8, g)),
