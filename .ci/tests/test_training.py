@@ -57,7 +57,8 @@ def stopped(nb, task, recipe, path, stop):
 
 def test_training_learns_and_returns_and_writes_the_averaged_weights(nb, task, images, recipe, tmp_path):
     """The average is recomputed from the weights of each step; it is what is validated, every 15 steps and at the end.
-    The control: the last weights. A missing network is trained, one that is there is read."""
+    The control: the last weights. A missing network is trained, one that is there is read. A second training goes on
+    with the history of the first."""
     model, *how = task()
     path, weights = tmp_path / "model.pt", []
     note = lambda step: weights.append(copy.deepcopy(model.state_dict()))
@@ -78,6 +79,10 @@ def test_training_learns_and_returns_and_writes_the_averaged_weights(nb, task, i
     read.head.bias.zero_()
     nb.save_checkpoint(read, path)
     assert same(nb.load_or_train(path, *task(), recipe), read)
+    twice = train(nb, (averaged, *how), recipe, tmp_path / "twice.pt").history
+    assert twice[:3] == read.history and [entry["images"] for entry in twice[3:]] == [880, 1120, 1280]
+    seconds = [entry["seconds"] for entry in twice]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("encoder", [(), (1,)])

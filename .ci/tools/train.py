@@ -1,10 +1,10 @@
 """Train the released networks by the notebook's own `train` and recipes, faster on a CPU of two cores.
 
-usage: python .ci/tools/train.py model|guide FOLDER [--images N] [--one-core]
+usage: python .ci/tools/train.py model|guide FOLDER [--start FILE] [--images N] [--one-core]
 The guide's model is FOLDER/pixelcnn.pt. A training that was stopped goes on. Three things are other than in the
 notebook, and give the same but for rounding: its layers are written as single products, which torch.compile makes fast;
 two processes share the parts of each batch, and the draws of the guide's; and rows below the last hidden one, which add
-nothing to the guide's loss, are left out. (--images: a shorter training, for a trial.)
+nothing to the guide's loss, are left out. (--start: the second training; --images: a shorter training, for a trial.)
 """
 import argparse
 import os
@@ -90,21 +90,24 @@ def task(nb, options):
     """The arguments of `train`."""
     images = nb.load_mnist(ROOT / "data")[0]
     images, validation = images[:55_000], images[55_000:56_000]
-    recipe = nb.MODEL_RECIPE if options.network == "model" else nb.GUIDE_RECIPE
+    if options.network == "model":
+        recipe = nb.SECOND_MODEL_RECIPE if options.start else nb.MODEL_RECIPE
+    else:
+        recipe = nb.SECOND_GUIDE_RECIPE if options.start else nb.GUIDE_RECIPE
     recipe = replace(recipe, dtype=torch.bfloat16)
     if options.images:
         recipe = replace(recipe, images=options.images, decay=options.images // 5)
     torch.manual_seed(0)
     if options.network == "model":
-        model = nb.PixelCNN(nb.Config())
-        if options.start:
-            model = nb.load_checkpoint(options.start, "cpu")
-            recipe = replace(recipe, images=800_000, decay=500_000, shift=1)
+        model = nb.load_checkpoint(options.start, "cpu") if options.start else nb.PixelCNN(nb.Config())
         return model, nb.model_loss, nb.image_batches(model, images, recipe), [validation], recipe
     model = nb.load_checkpoint(options.folder / "pixelcnn.pt", "cpu")
+    if options.start:
+        guide = nb.load_checkpoint(options.start, "cpu", nb.GuideNetwork)
+    else:
+        guide = nb.starting_guide(model, (1, 2, 4, 8, 2))
     masks = nb.random_masks(len(validation), 28, 28, seed=0)
-    return (nb.starting_guide(model, (1, 2, 4, 8, 2)), partial(nb.guide_loss, model),
-            nb.fresh_batches(model, images, recipe), [validation, masks], recipe)
+    return (guide, partial(nb.guide_loss, model), nb.fresh_batches(model, images, recipe), [validation, masks], recipe)
 
 
 class Half:
@@ -207,7 +210,7 @@ def main():
     parser.add_argument("network", choices=["model", "guide"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int)
-    parser.add_argument("--start", type=Path, help="a released model, to be trained once more")
+    parser.add_argument("--start", type=Path, help="weights of a first training, for the second")
     parser.add_argument("--one-core", action="store_true", help="one process, on whatever core")
     options = parser.parse_args()
     torch.set_num_threads(1)
