@@ -36,11 +36,12 @@ def test_a_c_and_e_equal_the_table_at_every_pixel(nb, tiny, table, evidence):
 
 @pytest.mark.parametrize("pixel", [0, 4, 8])
 def test_b_agrees_with_the_table_within_its_error(nb, tiny, table, evidence, pixel):
-    """Detects a bias of 5 standard errors at n = 4000; that of the first pixel is exact. The control: C, which knows a
-    past."""
+    """Detects a bias of 5 standard errors at n = 4000; that of the first pixel is exact but for rounding. The
+    control: C, which knows a past."""
     exact = exact_pixel(nb, table, evidence[0], PLACE < 0, pixel)
     probs, error = nb.marginal(tiny, divmod(pixel, 3), n=4000, seed=1)
-    assert ((probs - exact).abs() <= MANY * error + 1e-10).all() and (error < 0.02).all() and error.any() == (pixel > 0)
+    assert ((probs - exact).abs() <= MANY * error + 1e-10).all() and (error < 0.02).all()
+    assert (error > 1e-15).any() == (pixel > 0)  # equal terms may differ in their last bit, by their place in a vector
     if pixel:
         assert ((nb.given_past(tiny, evidence[:1], divmod(pixel, 3))[0] - exact).abs() > MANY * error).any()
 
