@@ -57,8 +57,9 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
         lambda nb, model, pixel: nb.given_rest(model, TWO, pixel),
         lambda nb, model, pixel: nb.conditional(model, IMAGE, KNOWN, pixel)]),
     ("pixel(?=: expected a hidden one)", [(2, 2)], [lambda nb, model, x: nb.conditional(model, IMAGE, KNOWN, x)]),
-    ("n", [0, -1, 10.0], [lambda nb, model, n: nb.sample(model, n), lambda nb, model, n: nb.complete(model, IMAGE, ~KNOWN, n),
-                    lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
+    ("n", [0, -1, 10.0], [
+        lambda nb, model, n: nb.sample(model, n), lambda nb, model, n: nb.complete(model, IMAGE, ~KNOWN, n),
+        lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
     ("n", [0, 1, 19], [lambda nb, model, n: nb.complete(model, IMAGE, KNOWN, n),
                        lambda nb, model, n: nb.conditional(model, IMAGE, KNOWN, (0, 1), n)]),
     ("n", [1], [lambda nb, model, n: nb.marginal(model, (1, 1), n)]),
@@ -76,8 +77,8 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
       for name in ("SAVE_DIR", "TRAINING")),
     *((f"(?=.*{re.escape(f'{name}={value}')})config", [value],  # what is wrong is in the message
        [lambda nb, model, wrong, name=name: replace(model.config, **{name: wrong})])
-      for name, value in dict(channels=0, levels=257, height=2.5, width=True, dilations=(1, 0), encoder=(0,), embedding=1,
-                              mean_channels=-1).items())]
+      for name, value in dict(channels=0, levels=257, height=2.5, width=True, dilations=(1, 0), encoder=(0,),
+                              embedding=1, mean_channels=-1).items())]
 
 
 @pytest.mark.parametrize("name, call, wrong", [

@@ -90,11 +90,9 @@ def task(nb, options):
     """The arguments of `train`."""
     images = nb.load_mnist(ROOT / "data")[0]
     images, validation = images[:55_000], images[55_000:56_000]
-    if options.network == "model":
-        recipe = nb.SECOND_MODEL_RECIPE if options.start else nb.MODEL_RECIPE
-    else:
-        recipe = nb.SECOND_GUIDE_RECIPE if options.start else nb.GUIDE_RECIPE
-    recipe = replace(recipe, dtype=torch.bfloat16)
+    first, second = ((nb.MODEL_RECIPE, nb.SECOND_MODEL_RECIPE) if options.network == "model"
+                     else (nb.GUIDE_RECIPE, nb.SECOND_GUIDE_RECIPE))
+    recipe = replace(second if options.start else first, dtype=torch.bfloat16)
     if options.images:
         recipe = replace(recipe, images=options.images, decay=options.images // 5)
     torch.manual_seed(0)
@@ -102,10 +100,8 @@ def task(nb, options):
         model = nb.load_checkpoint(options.start, "cpu") if options.start else nb.PixelCNN(nb.Config())
         return model, nb.model_loss, nb.image_batches(model, images, recipe), [validation], recipe
     model = nb.load_checkpoint(options.folder / "pixelcnn.pt", "cpu")
-    if options.start:
-        guide = nb.load_checkpoint(options.start, "cpu", nb.GuideNetwork)
-    else:
-        guide = nb.starting_guide(model, (1, 2, 4, 8, 2))
+    guide = (nb.load_checkpoint(options.start, "cpu", nb.GuideNetwork) if options.start
+             else nb.starting_guide(model, (1, 2, 4, 8, 2)))
     masks = nb.random_masks(len(validation), 28, 28, seed=0)
     return (guide, partial(nb.guide_loss, model), nb.fresh_batches(model, images, recipe), [validation, masks], recipe)
 
