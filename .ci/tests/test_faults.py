@@ -25,9 +25,9 @@ SETTINGS = dict(FAST=False, SAVE_DIR="checkpoints", TRAINING="short")
 SHAPES = [TWO.float(), TWO[:, :2], TWO.int() + 300, TWO + 3, TWO.int() - 1, TWO > 0]
 
 
-def train(nb, data=TWO, **how):
+def train(nb, data=TWO, validation=TWO, **how):
     network, recipe = nb.tiny_model(), nb.Recipe(**HOW | how)
-    nb.train(network, nb.model_loss, nb.image_batches(network, data, recipe), [TWO], recipe, "weights.pt")
+    nb.train(network, nb.model_loss, nb.image_batches(network, data, recipe), [validation], recipe, "weights.pt")
 
 
 WRONG = [  # what it is called, what is wrong, and calls of the notebook, a model and that
@@ -38,6 +38,7 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
         lambda nb, model, x: nb.sweep_at_once(model, None, KNOWN, x, None)]),
     ("images(?=: .* got a (list|NoneType))", [TWO.tolist(), None], [lambda nb, model, x: nb.log_prob(model, x)]),
     ("batches", [*SHAPES, IMAGE, TWO[:0], TWO[:1]], [lambda nb, model, x: train(nb, x)]),
+    ("validation", SHAPES, [lambda nb, model, x: train(nb, validation=x)]),
     ("digits", SHAPES, [lambda nb, model, x: nb.fresh_batches(model, x, nb.Recipe(**HOW))]),
     ("image", [*(x[0] for x in SHAPES), TWO, IMAGE.tolist()], [
         lambda nb, model, x: nb.sample(model, 3, image=x, known=KNOWN),
@@ -67,9 +68,10 @@ WRONG = [  # what it is called, what is wrong, and calls of the notebook, a mode
     ("images", [torch.stack([IMAGE, IMAGE + 1])], [lambda nb, model, x: nb.sweep_at_once(model, None, KNOWN, x, None)]),
     ("candidates", [0, 1, 2.0], [lambda nb, model, some: nb.sweep_at_once(model, None, KNOWN, TWO, None, some)]),
     ("states in values", [3, 1], [lambda nb, model, states: nb.r_hat(torch.zeros(states, 8))]),
-    ("rows, columns", [(10, 10, 3, 9), (3, 9, 10, 9)], [lambda nb, model, sides: nb.all_but(*sides)]),
+    ("rows, columns", [(10, 10, 3, 9), (3, 9, 10, 9), (-5, 3, 0, 4), (0, 4, 20, 29)], [lambda nb, model, sides: nb.all_but(*sides)]),
     ("batch_size", [3], [lambda nb, model, size: nb.fresh_batches(model, TWO, nb.Recipe(9, 0, 0, batch_size=size))]),
-    ("recipe", [1, 0], [lambda nb, model, images: train(nb, warmup=0, images=images)]),
+    ("recipe", [dict(images=1), dict(batch_size=0), dict(validate_every=0), dict(shift=-1)], [
+        lambda nb, model, wrong: nb.Recipe(**HOW | wrong)]),
     ("dtype", [torch.float64, torch.int32, "bfloat16", ""], [lambda nb, model, dtype: train(nb, dtype=dtype)]),
     ("device", ["tpu", "mps", "cuda", "cuda:0", "", torch.device("cuda")], [
         lambda nb, model, device: nb.pick_device(device)]),

@@ -96,6 +96,8 @@ def test_a_cache_gives_what_one_pass_gives(nb, model, size):
             assert (guide(seen, cache, said) - proposed[:, :, *piece]).abs().max() < bound
             with pytest.raises(ValueError, match="^cache: expected each piece once"):
                 network(seen, cache)  # once more
+    with pytest.raises(TypeError):  # a guide is no model
+        guide(images)
     if len([*(cache := nb.Cache()).pieces(row < 0)]) > 1:  # the last one now stands, the first was left out
         with pytest.raises(ValueError, match="^cache: expected each piece once"):
             network(images, cache)

@@ -45,7 +45,7 @@ RESULTS = [
     ("question_a_probability_of_0", "first_pixel_marginal[0]", None, "1", "exact, one softmax"),
     ("question_b_probability_of_ink", "1 - centre_marginal[0]", "centre_error[0]", "len(centre_terms)",
      "mean over the model's draws of p(x_i | x_<i)"),
-    ("tiny_total_variation_forward_gibbs", "gibbs_distance['forward Gibbs']", None, "len(wrong)",
+    ("tiny_total_variation_forward_gibbs", "gibbs_distance['forward Gibbs']", None, "len(tiny_forward)",
      "forward Gibbs against enumeration, 3x3 model"),
     ("tiny_total_variation_weights", "tiny_weighted_distance", None, "len(tiny_found.log_w)",
      "weighted draws of the model alone against enumeration, 3x3 model"),
